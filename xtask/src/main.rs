@@ -1,1 +1,130 @@
-fn main() {}
+//! `cargo xtask …`: builds and starts the `dragon` binary, and runs everything CI checks.
+//!
+//! It links no crate of this workspace, so it compiles in seconds. Every command it does not know itself is handed to
+//! `dragon`, built in release with the features that the arguments need.
+
+mod fixtures;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result, bail};
+
+const HELP: &str = "\
+cargo xtask <command> [arguments]
+
+Checks and measurements:
+  test                 format, clippy, tests, doc links, crate edges, fixtures: everything CI checks
+  bench [--peers]      our timings; with --peers side by side with PyTorch (makes a Python environment)
+  fixtures [--check]   list the fixtures with size and hash; --check compares with fixtures/MANIFEST.tsv,
+                       --write renews it
+
+Everything else is a command of `dragon`, built in release and started with the same arguments:
+  data, pretrain, generate, embed, finetune, eval, …      `cargo xtask help` lists them";
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(code) => code,
+        Err(err) => {
+            eprintln!("error: {err:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<ExitCode> {
+    let root = root();
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.first().map(String::as_str) {
+        None | Some("--help" | "-h") => println!("{HELP}"),
+        Some("help") => {
+            println!("{HELP}\n");
+            return dragon(&root, &["--help".into()]);
+        }
+        Some("test") => test(&root)?,
+        Some("fixtures") => fixtures::run(&root, &args[1..])?,
+        Some("bench") if args.iter().any(|a| a == "--peers") => peers(&root, &args[1..])?,
+        Some(_) => return dragon(&root, &args),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The workspace's folder: the parent of this crate's.
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies inside the workspace").to_owned()
+}
+
+fn cargo(root: &Path) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root);
+    command
+}
+
+/// Runs a step to its end; its output goes straight to the terminal.
+fn step(name: &str, command: &mut Command) -> Result<()> {
+    eprintln!("== {name}");
+    let start = std::time::Instant::now();
+    let status = command.status().with_context(|| format!("cannot start the step `{name}`"))?;
+    if !status.success() {
+        bail!("the step `{name}` failed ({status})");
+    }
+    eprintln!("== {name}: passed in {:.0} s", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+fn test(root: &Path) -> Result<()> {
+    step("format", cargo(root).args(["fmt", "--all", "--check"]))?;
+    step("fixtures", Command::new(std::env::current_exe()?).args(["fixtures", "--check"]))?;
+    step(
+        "clippy",
+        cargo(root).args([
+            "clippy", "--release", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings",
+        ]),
+    )?;
+    step(
+        "doc links",
+        cargo(root)
+            .env("RUSTDOCFLAGS", "-D warnings")
+            .args(["doc", "--release", "--workspace", "--no-deps", "--locked"]),
+    )?;
+    step("tests", cargo(root).args(["test", "--release", "--workspace", "--locked"]))
+}
+
+/// Builds `dragon` and hands over to it; its exit code is ours.
+fn dragon(root: &Path, args: &[String]) -> Result<ExitCode> {
+    let cuda = args.windows(2).any(|w| w[0] == "--device" && w[1].starts_with("cuda"))
+        || args.iter().any(|a| a.starts_with("--device=cuda"));
+    let mut build = cargo(root);
+    build.args(["build", "--release", "--quiet", "--package", "dragon-cli"]);
+    if cuda {
+        build.args(["--features", "cuda"]);
+    }
+    if !build.status().context("cannot start cargo")?.success() {
+        bail!("`dragon` does not build");
+    }
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    let binary = target.join("release").join("dragon");
+    let mut command = Command::new(&binary);
+    command.args(args);
+    #[cfg(unix)]
+    {
+        // Replacing this process passes on signals (Ctrl-C stops `dragon` cleanly) and the exit code.
+        use std::os::unix::process::CommandExt;
+        Err(command.exec()).with_context(|| format!("cannot start {}", binary.display()))
+    }
+    #[cfg(not(unix))]
+    {
+        let status = command.status().with_context(|| format!("cannot start {}", binary.display()))?;
+        Ok(ExitCode::from(status.code().and_then(|c| u8::try_from(c).ok()).unwrap_or(1)))
+    }
+}
+
+/// Times us and PyTorch in turn: builds our side, then leaves the rounds to the script.
+fn peers(root: &Path, args: &[String]) -> Result<()> {
+    step(
+        "build",
+        cargo(root).args(["build", "--release", "--package", "dragon-nn", "--example", "peers"]),
+    )?;
+    let rest: Vec<&String> = args.iter().filter(|a| *a != "--peers").collect();
+    step("peers", Command::new("python3").arg(root.join("xtask/bench/peers.py")).args(rest).current_dir(root))
+}
