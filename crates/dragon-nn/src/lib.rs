@@ -1,1 +1,60 @@
-//! TODO
+//! Fast differentiable layers for candle on the CPU, and what training needs around them.
+//!
+//! - Operations, one module each: [`linear()`], [`conv1d()`], [`conv_transpose1d()`], [`attention()`],
+//!   [`layer_norm()`], [`ada_layer_norm()`], [`rms_norm()`], [`swiglu()`], [`snake()`] and the activations.
+//!   `plain.rs` in each is the definition in candle operations; `cpu.rs` the fast form, forward and backward.
+//! - Layers over a `VarBuilder`: [`Linear`], [`Conv1d`], [`ConvTranspose1d`], [`LayerNorm`], [`RmsNorm`],
+//!   [`Embedding`], [`Snake`].
+//! - [`Params`]: named variables with seeded initialisation; [`AdamW`] changes them, [`Ema`] averages them,
+//!   [`write_safetensors`] keeps them.
+//! - [`Rng`]: noise that is the same on every machine.
+//!
+//! Activations are channels-last and contiguous, `[B, T, C]`; weights keep the layout of PyTorch's checkpoints.
+
+mod rng;
+
+mod activation;
+mod ada_layer_norm;
+mod attention;
+mod conv1d;
+mod conv_transpose1d;
+mod layer_norm;
+mod linear;
+mod rms_norm;
+mod snake;
+mod swiglu;
+
+mod adamw;
+mod checkpoint;
+mod ema;
+mod modules;
+mod params;
+
+pub use activation::{gelu, leaky_relu, silu, softmax_last};
+pub use ada_layer_norm::ada_layer_norm;
+pub use adamw::{AdamW, AdamWConfig};
+pub use attention::attention;
+pub use checkpoint::{write_atomically, write_safetensors};
+pub use conv_transpose1d::{ConvTranspose1dSpec, conv_transpose1d};
+pub use conv1d::{Conv1dSpec, conv1d};
+pub use ema::Ema;
+pub use layer_norm::layer_norm;
+pub use linear::linear;
+pub use modules::{Conv1d, ConvTranspose1d, Embedding, LayerNorm, Linear, RmsNorm, Snake};
+pub use params::{LoadError, Params};
+pub use rms_norm::rms_norm;
+pub use rng::Rng;
+pub use snake::snake;
+pub use swiglu::swiglu;
+
+use candle_core::{Result, Tensor};
+
+/// Fails unless every present parameter is a vector of `x`'s last dimension.
+fn check_last(op: &str, x: &Tensor, params: &[Option<&Tensor>]) -> Result<()> {
+    for param in params.iter().flatten() {
+        if param.rank() != 1 || x.dims().last() != Some(&param.dims()[0]) {
+            candle_core::bail!("{op}: parameter {:?} does not fit x {:?}", param.dims(), x.dims())
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,25 @@
+//! [`super::attention`] as candle operations; stores the logits of all heads.
+
+use candle_core::{D, Result, Tensor};
+
+pub(crate) fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    bias: Option<&Tensor>,
+    scale: f64,
+) -> Result<Tensor> {
+    let heads_first = |t: &Tensor| t.transpose(1, 2)?.contiguous(); // [B, H, T, D]
+    let (q, k, v) = (heads_first(q)?, heads_first(k)?, heads_first(v)?);
+    let logits = (q.matmul(&k.t()?)? * scale)?; // [B, H, Tq, Tk]
+    let logits = match bias {
+        Some(bias) => logits.broadcast_add(bias)?,
+        None => logits,
+    };
+    // A row of which every key is masked has no maximum; the floor makes its weights exp(-inf) = 0.
+    let max = logits.max_keepdim(D::Minus1)?.detach().maximum(-1e30)?;
+    let weights = logits.broadcast_sub(&max)?.exp()?;
+    let total = weights.sum_keepdim(D::Minus1)?;
+    let total = total.maximum(&total.ones_like()?.affine(1e-30, 0.0)?)?;
+    weights.broadcast_div(&total)?.matmul(&v)?.transpose(1, 2)?.contiguous() // [B, Tq, H, Dv]
+}

@@ -1,0 +1,17 @@
+//! Layer norm over the last dimension.
+
+pub(crate) mod plain;
+
+use candle_core::{Result, Tensor};
+
+/// `(x - mean) / sqrt(var + eps) · weight + bias` over the last dimension, with the biased variance (as PyTorch).
+///
+/// # Shapes
+/// - `x`: `[..., C]`, `weight`, `bias`: `[C]`; returns `[..., C]`.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn layer_norm(x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+    crate::check_last("layer_norm", x, &[weight, bias])?;
+    plain::layer_norm(x, weight, bias, eps)
+}

@@ -1,0 +1,21 @@
+//! [`super::layer_norm`] as candle operations.
+
+use candle_core::{D, Result, Tensor};
+
+pub(crate) fn layer_norm(
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+) -> Result<Tensor> {
+    let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+    let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+    let mut y = centred.broadcast_div(&(variance + eps)?.sqrt()?)?;
+    if let Some(weight) = weight {
+        y = y.broadcast_mul(weight)?;
+    }
+    match bias {
+        Some(bias) => y.broadcast_add(bias),
+        None => Ok(y),
+    }
+}

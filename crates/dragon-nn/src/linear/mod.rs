@@ -1,0 +1,36 @@
+//! `y = x Wᵀ + b` on the last dimension.
+
+pub(crate) mod plain;
+
+use candle_core::{Result, Tensor};
+
+/// Affine map of the last dimension: `x Wᵀ + b`.
+///
+/// Each row of the result depends on its row of `x` only, bit for bit: the number of rows does not matter.
+///
+/// # Shapes
+/// - `x`: `[..., in]`, `weight`: `[out, in]`, `bias`: `[out]`; returns `[..., out]`.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    check(x, weight, bias)?;
+    plain::linear(x, weight, bias)
+}
+
+fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<()> {
+    let (n_out, n_in) = weight.dims2()?;
+    if x.dims().last() != Some(&n_in) {
+        candle_core::bail!(
+            "linear: x {:?} does not end in the {n_in} inputs of weight {:?}",
+            x.dims(),
+            weight.dims()
+        )
+    }
+    if let Some(bias) = bias
+        && bias.dims() != [n_out]
+    {
+        candle_core::bail!("linear: bias {:?} does not fit weight {:?}", bias.dims(), weight.dims())
+    }
+    Ok(())
+}

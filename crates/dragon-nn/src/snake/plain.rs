@@ -1,0 +1,8 @@
+//! [`super::snake`] as candle operations.
+
+use candle_core::{Result, Tensor};
+
+pub(crate) fn snake(x: &Tensor, alpha: &Tensor) -> Result<Tensor> {
+    let wave = x.broadcast_mul(alpha)?.sin()?.sqr()?;
+    x + wave.broadcast_div(&(alpha + super::EPS)?)?
+}
