@@ -1,0 +1,112 @@
+//! Audio in memory: [`Audio`] keeps its channels, [`Clip`] is mono.
+
+use crate::error::Result;
+use crate::resample::resample;
+
+/// Audio with one or more channels of equal length; samples nominally in [-1, 1].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Audio {
+    /// `[channel][sample]`; at least one channel, all of one length.
+    pub channels: Vec<Vec<f32>>,
+    /// Samples per second and channel.
+    pub sample_rate_hz: u32,
+}
+
+impl Audio {
+    /// Samples per channel.
+    pub fn n_samples(&self) -> usize {
+        self.channels.first().map_or(0, Vec::len)
+    }
+
+    /// Duration in seconds.
+    pub fn duration_s(&self) -> f64 {
+        self.n_samples() as f64 / f64::from(self.sample_rate_hz)
+    }
+
+    /// The mean of all channels (as `librosa.to_mono`).
+    pub fn to_mono(&self) -> Clip {
+        let samples = match self.channels.as_slice() {
+            [] => Vec::new(),
+            [mono] => mono.clone(),
+            many => {
+                let scale = 1.0 / many.len() as f32;
+                (0..self.n_samples()).map(|i| many.iter().map(|c| c[i]).sum::<f32>() * scale).collect()
+            }
+        };
+        Clip { samples, sample_rate_hz: self.sample_rate_hz }
+    }
+
+    /// The same audio at another sample rate; `ceil(n * new / old)` samples, without delay.
+    ///
+    /// # Errors
+    /// If a rate lies outside 1 to 768 kHz.
+    pub fn resample(&self, sample_rate_hz: u32) -> Result<Audio> {
+        let channels = self
+            .channels
+            .iter()
+            .map(|c| resample(c, self.sample_rate_hz, sample_rate_hz))
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Audio { channels, sample_rate_hz })
+    }
+}
+
+/// Mono audio; samples nominally in [-1, 1].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Clip {
+    /// The samples.
+    pub samples: Vec<f32>,
+    /// Samples per second.
+    pub sample_rate_hz: u32,
+}
+
+impl Clip {
+    /// Duration in seconds.
+    pub fn duration_s(&self) -> f64 {
+        self.samples.len() as f64 / f64::from(self.sample_rate_hz)
+    }
+
+    /// The same clip at another sample rate; `ceil(n * new / old)` samples, without delay.
+    ///
+    /// # Errors
+    /// If a rate lies outside 1 to 768 kHz.
+    pub fn resample(&self, sample_rate_hz: u32) -> Result<Clip> {
+        Ok(Clip { samples: resample(&self.samples, self.sample_rate_hz, sample_rate_hz)?, sample_rate_hz })
+    }
+}
+
+impl From<Clip> for Audio {
+    fn from(clip: Clip) -> Self {
+        Audio { channels: vec![clip.samples], sample_rate_hz: clip.sample_rate_hz }
+    }
+}
+
+/// Windows of `window` samples every `hop` samples that lie wholly inside `samples`:
+/// `1 + (n - window) / hop` of them (rounded down), none if the audio is shorter than a window.
+///
+/// # Panics
+/// If `window` or `hop` is 0.
+pub fn windows(samples: &[f32], window: usize, hop: usize) -> impl ExactSizeIterator<Item = &[f32]> + Clone {
+    assert!(window > 0 && hop > 0, "window and hop must be positive, got {window} and {hop}");
+    let n = if samples.len() < window { 0 } else { 1 + (samples.len() - window) / hop };
+    (0..n).map(move |i| &samples[i * hop..i * hop + window])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mono_is_the_mean_of_the_channels() {
+        let audio = Audio { channels: vec![vec![1.0, -0.5], vec![0.0, 0.5]], sample_rate_hz: 8000 };
+        assert_eq!(audio.to_mono().samples, [0.5, 0.0]);
+    }
+
+    #[test]
+    fn windows_cover_only_whole_windows() {
+        let samples: Vec<f32> = (0..10).map(|i| i as f32).collect();
+        let starts: Vec<f32> = windows(&samples, 4, 3).map(|w| w[0]).collect();
+        assert_eq!(starts, [0.0, 3.0, 6.0]);
+        assert_eq!(windows(&samples, 11, 3).len(), 0);
+        assert_eq!(windows(&samples, 10, 3).len(), 1);
+    }
+}

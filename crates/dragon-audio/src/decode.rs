@@ -1,0 +1,335 @@
+//! Files to samples, strictly: damage, truncation and wrong names are errors, never silently less audio.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
+
+use symphonia::core::codecs::CodecParameters;
+use symphonia::core::codecs::audio::AudioDecoderOptions;
+use symphonia::core::errors::Error as DecoderError;
+use symphonia::core::formats::probe::Hint;
+use symphonia::core::formats::{FormatOptions, TrackType};
+use symphonia::core::io::MediaSourceStream;
+use symphonia::core::meta::MetadataOptions;
+
+use crate::clip::{Audio, Clip};
+use crate::error::{Error, Result};
+
+/// Reads an audio file with all its channels.
+///
+/// The format is taken from the contents and must agree with the file's extension, if that is a known one.
+///
+/// # Errors
+/// If the file is missing, empty, mislabelled, in an unsupported format (Opus among them), truncated, damaged,
+/// without samples, or carries NaN or infinite samples.
+pub fn read(path: &Path) -> Result<Audio> {
+    let mut file = File::open(path).map_err(|e| Error::io(path, "read", e))?;
+    let n_bytes = file.metadata().map_err(|e| Error::io(path, "read", e))?.len();
+    if n_bytes == 0 {
+        return Err(Error::EmptyFile { path: path.to_path_buf() });
+    }
+    let mut head = [0u8; 512];
+    let n_head = fill(&mut file, &mut head).map_err(|e| Error::io(path, "read", e))?;
+    let kind = Kind::of(&head[..n_head]);
+    check_name(path, kind)?;
+    match kind {
+        Kind::OggOpus => {
+            let found = "Ogg Opus (no decoder for Opus is built in)".to_string();
+            return Err(Error::Unsupported { path: path.to_path_buf(), found });
+        }
+        Kind::OggVorbis => check_ogg_end(path, &mut file, n_bytes)?,
+        Kind::Wav => check_wav_end(path, &mut file, n_bytes)?,
+        _ => {}
+    }
+    file.seek(SeekFrom::Start(0)).map_err(|e| Error::io(path, "read", e))?;
+    let audio = decode(path, file, kind)?;
+    check_samples(path, &audio)?;
+    Ok(audio)
+}
+
+/// Reads an audio file as mono at `sample_rate_hz`: mean of the channels, then resampled.
+///
+/// # Errors
+/// As [`read`], and if the rate lies outside 1 to 768 kHz.
+pub fn read_mono(path: &Path, sample_rate_hz: u32) -> Result<Clip> {
+    read(path)?.to_mono().resample(sample_rate_hz)
+}
+
+/// Decodes the first audio track.
+fn decode(path: &Path, file: File, kind: Kind) -> Result<Audio> {
+    let unsupported = |found: String| Error::Unsupported { path: path.to_path_buf(), found };
+    let stream = MediaSourceStream::new(Box::new(file), Default::default());
+    let mut hint = Hint::new();
+    if let Some(extension) = path.extension().and_then(|e| e.to_str()) {
+        hint.with_extension(extension);
+    }
+    let probe = symphonia::default::get_probe();
+    let mut format = match probe.probe(&hint, stream, FormatOptions::default(), MetadataOptions::default()) {
+        Ok(format) => format,
+        Err(DecoderError::Unsupported(_)) => return Err(unsupported(kind.name().to_string())),
+        Err(e) => return Err(broken(path, 0.0, &e)),
+    };
+    let track = format
+        .default_track(TrackType::Audio)
+        .ok_or_else(|| unsupported(format!("{} without an audio track", kind.name())))?;
+    let Some(CodecParameters::Audio(params)) = &track.codec_params else {
+        return Err(unsupported(format!("{} with an unknown codec", kind.name())));
+    };
+    let mut decoder = symphonia::default::get_codecs()
+        .make_audio_decoder(params, &AudioDecoderOptions::default())
+        .map_err(|e| unsupported(format!("{} with a codec that has no decoder ({e})", kind.name())))?;
+    let (track_id, n_expected) = (track.id, track.num_frames);
+    let mut sample_rate_hz = params.sample_rate.unwrap_or(0);
+
+    let mut channels: Vec<Vec<f32>> = Vec::new();
+    let mut packet_channels: Vec<Vec<f32>> = Vec::new();
+    loop {
+        let at_s = channels.first().map_or(0, Vec::len) as f64 / f64::from(sample_rate_hz.max(1));
+        let packet = match format.next_packet() {
+            Ok(Some(packet)) => packet,
+            Ok(None) => break,
+            // The end of some containers is only known by running into it; lengths are checked below.
+            Err(DecoderError::IoError(e)) if e.kind() == std::io::ErrorKind::UnexpectedEof => break,
+            Err(DecoderError::ResetRequired) => {
+                return Err(unsupported(format!("{} with several streams one after another", kind.name())));
+            }
+            Err(e) => return Err(broken(path, at_s, &e)),
+        };
+        if packet.track_id != track_id {
+            continue;
+        }
+        let buffer = decoder.decode(&packet).map_err(|e| broken(path, at_s, &e))?;
+        if buffer.frames() == 0 {
+            continue;
+        }
+        sample_rate_hz = buffer.spec().rate();
+        buffer.copy_to_vecs_planar(&mut packet_channels);
+        if channels.is_empty() {
+            channels.resize(packet_channels.len(), Vec::new());
+        }
+        if channels.len() != packet_channels.len() {
+            return Err(unsupported(format!("{} whose number of channels changes", kind.name())));
+        }
+        for (all, new) in channels.iter_mut().zip(&packet_channels) {
+            all.extend_from_slice(new);
+        }
+    }
+    let n_found = channels.first().map_or(0, Vec::len) as u64;
+    if let Some(expected) = n_expected.filter(|&n| n > 0 && kind.counts_samples()) {
+        // Encoders differ by less than one packet in what they count as padding.
+        if n_found + 2304 < expected {
+            return Err(Error::Truncated {
+                path: path.to_path_buf(),
+                expected: format!("{expected} samples per channel"),
+                found: n_found.to_string(),
+            });
+        }
+    }
+    Ok(Audio { channels, sample_rate_hz })
+}
+
+fn broken(path: &Path, at_s: f64, error: &DecoderError) -> Error {
+    Error::Damaged { path: path.to_path_buf(), at_s, detail: error.to_string() }
+}
+
+fn check_samples(path: &Path, audio: &Audio) -> Result<()> {
+    if audio.n_samples() == 0 || audio.sample_rate_hz == 0 {
+        return Err(Error::NoSamples { path: path.to_path_buf() });
+    }
+    for (channel, samples) in audio.channels.iter().enumerate() {
+        if let Some(i) = samples.iter().position(|x| !x.is_finite()) {
+            return Err(Error::NonFinite {
+                path: path.to_path_buf(),
+                channel,
+                at_s: i as f64 / f64::from(audio.sample_rate_hz),
+                value: samples[i],
+            });
+        }
+    }
+    Ok(())
+}
+
+/// File formats told apart by their first bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Wav,
+    Flac,
+    OggVorbis,
+    OggOpus,
+    Ogg,
+    Mp3,
+    Aiff,
+    Caf,
+    Mp4,
+    Matroska,
+    Midi,
+    Text,
+    Other,
+}
+
+impl Kind {
+    fn of(head: &[u8]) -> Kind {
+        let has = |at: usize, bytes: &[u8]| head.get(at..at + bytes.len()) == Some(bytes);
+        let contains = |bytes: &[u8]| head.windows(bytes.len()).any(|w| w == bytes);
+        if (has(0, b"RIFF") || has(0, b"RF64")) && has(8, b"WAVE") {
+            Kind::Wav
+        } else if has(0, b"fLaC") {
+            Kind::Flac
+        } else if has(0, b"OggS") {
+            match () {
+                () if contains(b"OpusHead") => Kind::OggOpus,
+                () if contains(b"\x01vorbis") => Kind::OggVorbis,
+                () => Kind::Ogg,
+            }
+        } else if has(0, b"ID3") || matches!(head, [0xff, b, ..] if b & 0xe6 == 0xe2) {
+            Kind::Mp3 // an ID3 tag, or the sync word of layer III
+        } else if has(0, b"FORM") && (has(8, b"AIFF") || has(8, b"AIFC")) {
+            Kind::Aiff
+        } else if has(0, b"caff") {
+            Kind::Caf
+        } else if has(4, b"ftyp") {
+            Kind::Mp4
+        } else if has(0, &[0x1a, 0x45, 0xdf, 0xa3]) {
+            Kind::Matroska
+        } else if has(0, b"MThd") {
+            Kind::Midi
+        } else if !head.contains(&0) && head.iter().all(|&b| b >= 0x20 || b"\t\r\n\x0c".contains(&b)) {
+            Kind::Text
+        } else {
+            Kind::Other
+        }
+    }
+
+    fn of_extension(extension: &str) -> Option<Kind> {
+        Some(match extension.to_ascii_lowercase().as_str() {
+            "wav" | "wave" => Kind::Wav,
+            "flac" => Kind::Flac,
+            "ogg" | "oga" => Kind::Ogg,
+            "opus" => Kind::OggOpus,
+            "mp3" => Kind::Mp3,
+            "aif" | "aiff" | "aifc" => Kind::Aiff,
+            "caf" => Kind::Caf,
+            "m4a" | "mp4" => Kind::Mp4,
+            "mkv" | "mka" | "webm" => Kind::Matroska,
+            _ => return None,
+        })
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Wav => "WAV",
+            Kind::Flac => "FLAC",
+            Kind::OggVorbis => "Ogg Vorbis",
+            Kind::OggOpus => "Ogg Opus",
+            Kind::Ogg => "Ogg",
+            Kind::Mp3 => "MP3",
+            Kind::Aiff => "AIFF",
+            Kind::Caf => "CAF",
+            Kind::Mp4 => "MP4",
+            Kind::Matroska => "Matroska",
+            Kind::Midi => "MIDI (notes, not audio)",
+            Kind::Text => "text",
+            Kind::Other => "unknown bytes",
+        }
+    }
+
+    /// Whether a container's own count of samples can be trusted to detect truncation.
+    fn counts_samples(self) -> bool {
+        matches!(self, Kind::Wav | Kind::Flac | Kind::OggVorbis | Kind::Aiff | Kind::Mp3)
+    }
+}
+
+fn check_name(path: &Path, found: Kind) -> Result<()> {
+    let Some(expected) = path.extension().and_then(|e| e.to_str()).and_then(Kind::of_extension) else {
+        return Ok(()); // no known extension: the contents decide
+    };
+    let agree = match expected {
+        Kind::Ogg => matches!(found, Kind::Ogg | Kind::OggVorbis | Kind::OggOpus),
+        // MP3 files may begin with padding or free-format frames; the decoder decides about unknown bytes.
+        Kind::Mp3 => matches!(found, Kind::Mp3 | Kind::Other),
+        _ => found == expected,
+    };
+    if agree {
+        return Ok(());
+    }
+    Err(Error::Mislabelled {
+        path: path.to_path_buf(),
+        expected: expected.name().to_string(),
+        found: found.name().to_string(),
+    })
+}
+
+/// A whole Ogg file ends with a complete page that carries the end-of-stream flag.
+fn check_ogg_end(path: &Path, file: &mut File, n_bytes: u64) -> Result<()> {
+    const LONGEST_PAGE: u64 = 27 + 255 + 255 * 255;
+    let io = |e| Error::io(path, "read", e);
+    let start = n_bytes.saturating_sub(2 * LONGEST_PAGE);
+    file.seek(SeekFrom::Start(start)).map_err(io)?;
+    let mut tail = Vec::new();
+    file.read_to_end(&mut tail).map_err(io)?;
+    let truncated = |found: &str| Error::Truncated {
+        path: path.to_path_buf(),
+        expected: "a last Ogg page with the end-of-stream flag".to_string(),
+        found: found.to_string(),
+    };
+    let last = (0..tail.len().saturating_sub(3)).rev().find(|&i| tail[i..].starts_with(b"OggS"));
+    let Some(page) = last.map(|i| &tail[i..]).filter(|p| p.len() >= 27) else {
+        return Err(truncated("half a page header"));
+    };
+    let n_segments = usize::from(page[26]);
+    let Some(lacing) = page.get(27..27 + n_segments) else {
+        return Err(truncated("half a page header"));
+    };
+    let n_page = 27 + n_segments + lacing.iter().map(|&b| usize::from(b)).sum::<usize>();
+    if page.len() < n_page {
+        return Err(truncated(&format!("{} of the last page's {n_page} bytes", page.len())));
+    }
+    if page[5] & 0x04 == 0 {
+        return Err(truncated("a page in the middle of the stream"));
+    }
+    Ok(())
+}
+
+/// The `data` chunk of a whole WAV file fits in the file.
+fn check_wav_end(path: &Path, file: &mut File, n_bytes: u64) -> Result<()> {
+    let io = |e| Error::io(path, "read", e);
+    let mut at = 12u64;
+    let mut header = [0u8; 8];
+    loop {
+        file.seek(SeekFrom::Start(at)).map_err(io)?;
+        if fill(file, &mut header).map_err(io)? < 8 {
+            return Err(Error::Truncated {
+                path: path.to_path_buf(),
+                expected: "a `data` chunk".to_string(),
+                found: format!("the end of the file after {n_bytes} bytes"),
+            });
+        }
+        let size = u64::from(u32::from_le_bytes([header[4], header[5], header[6], header[7]]));
+        if &header[..4] == b"data" {
+            // Programs that stream WAV leave the size at 0 or at its largest value.
+            let known = size != 0 && size < 0xffff_ff00;
+            let found = n_bytes - (at + 8).min(n_bytes);
+            if known && found < size {
+                return Err(Error::Truncated {
+                    path: path.to_path_buf(),
+                    expected: format!("{size} bytes of samples"),
+                    found: found.to_string(),
+                });
+            }
+            return Ok(());
+        }
+        at += 8 + size + (size & 1);
+    }
+}
+
+/// Reads until `buffer` is full or the file ends; returns the number of bytes read.
+fn fill(file: &mut File, buffer: &mut [u8]) -> std::io::Result<usize> {
+    let mut n = 0;
+    while n < buffer.len() {
+        match file.read(&mut buffer[n..])? {
+            0 => break,
+            read => n += read,
+        }
+    }
+    Ok(n)
+}
