@@ -1,1 +1,24 @@
-//! TODO
+//! Diffusion over latents: the EDM formulation, the diffusion transformer, guidance and solvers.
+//!
+//! In reading order:
+//! - [`edm`]: noise levels, preconditioning and loss weights;
+//! - [`guidance`]: what a solver sees of a model, CFG and CFG++;
+//! - [`solver`]: DPM-Solver++(2M) and (2S), Heun;
+//! - [`dit`]: the network;
+//! - [`model`]: network and preconditioning together;
+//! - [`sampler`]: from prompts' noise to latents.
+
+pub mod dit;
+pub mod edm;
+pub mod guidance;
+mod kernels;
+pub mod model;
+pub mod sampler;
+pub mod solver;
+
+pub use dit::{Dit, TextCond};
+pub use edm::{Edm, Weighting, denoising_errors};
+pub use guidance::{ConditionalDenoiser, Denoiser, Guidance, GuidanceKind};
+pub use model::{Config, Model};
+pub use sampler::{SamplerConfig, prompt_noise, prompts_noise, sample, sample_in_batches, sample_with};
+pub use solver::{Progress, Solver};
