@@ -1,0 +1,391 @@
+//! A model folder: everything from prompts to audio.
+//!
+//! ```text
+//! bundle.json           {"n_frames": 80, "max_tokens": 32}
+//! vae/  t5/  dit/       config.json + model.safetensors each; t5/ also tokenizer.json
+//! clap/                 the same, optional
+//! prompts.jsonl         {"id", "caption", "split"} a line
+//! stats/*.npz           reference statistics
+//! ```
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use dragon_diffusion::{Model, TextCond};
+use dragon_encoders::t5::{self, T5Encoder};
+use dragon_encoders::tokenizer::{Tokenizer, TooLong};
+use dragon_nn::Params;
+use dragon_vae::AudioVae;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// What `bundle.json` holds: sizes that belong to no single model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Info {
+    /// Latent frames of a generation; times the VAE's hop, its samples.
+    pub n_frames: usize,
+    /// Tokens to which prompts are padded or cut.
+    pub max_tokens: usize,
+}
+
+/// The models from prompts to audio, on one device.
+pub struct Bundle {
+    /// The folder.
+    pub dir: PathBuf,
+    /// Sizes.
+    pub info: Info,
+    /// Prompts to text states.
+    pub text: TextStates,
+    /// Latents to audio and back; carries no gradient.
+    pub vae: AudioVae,
+    /// Size and noise levels of the diffusion model.
+    pub dit_config: dragon_diffusion::Config,
+    /// Weights of the base diffusion model.
+    pub dit: Params,
+    /// Where everything runs.
+    pub device: Device,
+}
+
+impl Bundle {
+    /// Reads a model folder.
+    ///
+    /// # Errors
+    /// If a file is missing or broken, or the parts do not fit each other.
+    pub fn load(dir: &Path, device: &Device) -> Result<Self> {
+        if !dir.is_dir() {
+            return Err(Error::Data {
+                problem: format!("there is no model folder `{}`", dir.display()),
+                hint: "a model folder holds vae/, t5/, dit/ and bundle.json; the shipped one is fixtures/tiny".into(),
+            });
+        }
+        let info: Info = read_json(&dir.join("bundle.json"))?;
+        let vae_config: dragon_vae::Config = read_json(&dir.join("vae/config.json"))?;
+        let trained = Params::new(0);
+        AudioVae::new(&vae_config, trained.builder(DType::F32, device))
+            .map_err(Error::input(format!("`{}` does not describe a VAE", dir.join("vae").display())))?;
+        load_weights(&trained, &dir.join("vae/model.safetensors"))?;
+        let vae = AudioVae::new(&vae_config, frozen(&trained, device))?;
+        let text = TextStates::load(&dir.join("t5"), info.max_tokens, device)?;
+        let (dit_config, dit) = load_dit(&dir.join("dit"), device)?;
+        let bundle = Self { dir: dir.to_owned(), info, text, vae, dit_config, dit, device: device.clone() };
+        bundle.check()?;
+        Ok(bundle)
+    }
+
+    /// Whether the parts fit each other.
+    fn check(&self) -> Result<()> {
+        let pairs = [
+            ("the VAE's `latent_dim`", self.vae.config().latent_dim, "the DiT's `latent_channels`", self.dit_config.dit.latent_channels),
+            ("the T5's `d_model`", self.text.t5.config().d_model, "the DiT's `text_dim`", self.dit_config.dit.text_dim),
+        ];
+        for (a, x, b, y) in pairs {
+            if x != y {
+                return Err(Error::Content {
+                    path: self.dir.clone(),
+                    problem: format!("holds parts that do not fit: {a} is {x}, {b} is {y}"),
+                    hint: "take vae/, t5/ and dit/ from one training".into(),
+                });
+            }
+        }
+        if self.info.n_frames == 0 || self.info.max_tokens == 0 {
+            return Err(Error::Content {
+                path: self.dir.join("bundle.json"),
+                problem: format!("has n_frames {} and max_tokens {}", self.info.n_frames, self.info.max_tokens),
+                hint: "both are at least 1".into(),
+            });
+        }
+        if self.vae.config().latent_mean.is_empty() {
+            return Err(Error::Content {
+                path: self.dir.join("vae/config.json"),
+                problem: "has no latent statistics".into(),
+                hint: "`dragon pretrain vae` measures them at its end".into(),
+            });
+        }
+        Ok(())
+    }
+
+    /// The base model, without gradients.
+    ///
+    /// # Errors
+    /// If the config is impossible.
+    pub fn base_model(&self) -> Result<Model> {
+        Ok(Model::new(&self.dit_config, frozen(&self.dit, &self.device))?)
+    }
+
+    /// Shape of the latents of `n` songs, `[n, C, T]`.
+    pub fn latent_shape(&self, n: usize) -> (usize, usize, usize) {
+        (n, self.dit_config.dit.latent_channels, self.info.n_frames)
+    }
+
+    /// Sample rate of the audio, Hz.
+    pub fn sample_rate_hz(&self) -> u32 {
+        self.vae.config().sample_rate_hz
+    }
+
+    /// Decodes normalised latents, a few songs at a time.
+    ///
+    /// # Shapes
+    /// - `latents`: `[B, C, T]`; returns `B` clips of `T * hop` samples, nominally in [-1, 1].
+    ///
+    /// # Errors
+    /// If the shape does not fit the VAE.
+    pub fn decode(&self, latents: &Tensor) -> Result<Vec<Vec<f32>>> {
+        /// Songs decoded at a time: enough to fill the cores, few enough to bound memory.
+        const SONGS: usize = 8;
+        let n = latents.dim(0)?;
+        let mut clips = Vec::with_capacity(n);
+        for start in (0..n).step_by(SONGS) {
+            let part = latents.narrow(0, start, SONGS.min(n - start))?;
+            let audio = self.vae.decode_normalized(&part)?; // [b, 1, T * hop]
+            let audio = audio.mean(1)?; // [b, T * hop]
+            clips.extend(audio.to_vec2::<f32>()?);
+        }
+        Ok(clips)
+    }
+
+    /// Encodes clips to normalised latents `[B, C, T]`: what the VAE embedding setting of the paper sees.
+    ///
+    /// # Errors
+    /// If the clips differ in length or are no multiple of the hop.
+    pub fn encode(&self, clips: &[&[f32]]) -> Result<Tensor> {
+        /// As in [`Bundle::decode`].
+        const SONGS: usize = 8;
+        let channels = self.vae.config().audio_channels;
+        let mut parts = Vec::new();
+        for part in clips.chunks(SONGS) {
+            let samples = part.first().map_or(0, |clip| clip.len());
+            let audio = Tensor::from_vec(part.concat(), (part.len(), 1, samples), &self.device)?;
+            let audio = audio.broadcast_as((part.len(), channels, samples))?.contiguous()?;
+            parts.push(self.vae.encode_normalized(&audio)?.detach());
+        }
+        Ok(Tensor::cat(&parts, 0)?)
+    }
+
+    /// SHA-256 of the base model's weights, in hex: a run continues only with the same base.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn base_sha256(&self) -> Result<String> {
+        use sha2::{Digest, Sha256};
+        let path = self.dir.join("dit/model.safetensors");
+        let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
+        Ok(crate::run::hex(&Sha256::digest(&bytes)))
+    }
+}
+
+/// Reads a diffusion model's folder: its config and its weights.
+///
+/// # Errors
+/// If a file is missing or broken, or weights and config do not fit; every tensor in question is listed.
+pub fn load_dit(dir: &Path, device: &Device) -> Result<(dragon_diffusion::Config, Params)> {
+    let config: dragon_diffusion::Config = read_json(&dir.join("config.json"))?;
+    let params = Params::new(0);
+    Model::new(&config, params.builder(DType::F32, device))
+        .map_err(Error::input(format!("`{}` does not describe a diffusion model", dir.display())))?;
+    load_weights(&params, &dir.join("model.safetensors"))?;
+    Ok((config, params))
+}
+
+/// Writes a diffusion model's folder, weights in f32.
+///
+/// # Errors
+/// If a file cannot be written.
+pub fn save_dit(dir: &Path, config: &dragon_diffusion::Config, params: &Params) -> Result<()> {
+    std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+    let json = serde_json::to_vec_pretty(config).map_err(|err| Error::Bug(err.to_string()))?;
+    crate::run::write_atomic(&dir.join("config.json"), &json)?;
+    let path = dir.join("model.safetensors");
+    params.save(&path, DType::F32).map_err(Error::input(format!("cannot write `{}`", path.display())))
+}
+
+/// A builder over the current values of `params` that carries no gradient, so that no history is kept.
+pub fn frozen(params: &Params, device: &Device) -> VarBuilder<'static> {
+    let tensors: HashMap<String, Tensor> =
+        params.names_and_vars().into_iter().map(|(name, var)| (name, var.as_tensor().detach())).collect();
+    VarBuilder::from_tensors(tensors, DType::F32, device)
+}
+
+fn load_weights(params: &Params, path: &Path) -> Result<()> {
+    if !path.exists() {
+        return Err(Error::io("read", path)(std::io::ErrorKind::NotFound.into()));
+    }
+    params
+        .load(path)
+        .map_err(Error::input("cannot load weights (was this checkpoint trained with another config?)"))
+}
+
+/// Reads a JSON file into `T`.
+///
+/// # Errors
+/// If it cannot be read, or has an unknown, missing or wrong key.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = std::fs::read(path).map_err(Error::io("read", path))?;
+    serde_json::from_slice(&text).map_err(|err| Error::Content {
+        path: path.to_owned(),
+        problem: format!("is not valid: {err}"),
+        hint: "check the file against the one in fixtures/tiny".into(),
+    })
+}
+
+/// Prompts to the states that condition the diffusion model.
+pub struct TextStates {
+    tokenizer: Tokenizer,
+    t5: T5Encoder,
+    max_tokens: usize,
+    device: Device,
+}
+
+impl TextStates {
+    /// Reads `config.json`, `model.safetensors` and `tokenizer.json`.
+    ///
+    /// # Errors
+    /// If a file is missing or broken, or they do not fit each other.
+    pub fn load(dir: &Path, max_tokens: usize, device: &Device) -> Result<Self> {
+        let config: t5::Config = read_json(&dir.join("config.json"))?;
+        let tokenizer = Tokenizer::load(dir.join("tokenizer.json")).map_err(Error::input("cannot load the tokenizer"))?;
+        if tokenizer.vocab_size() > config.vocab_size {
+            return Err(Error::Content {
+                path: dir.to_owned(),
+                problem: format!("has {} tokens in tokenizer.json, but vocab_size {}", tokenizer.vocab_size(), config.vocab_size),
+                hint: "take both files from one training".into(),
+            });
+        }
+        let trained = Params::new(0);
+        T5Encoder::new(&config, trained.builder(DType::F32, device))
+            .map_err(Error::input(format!("`{}` does not describe a T5 encoder", dir.display())))?;
+        load_weights(&trained, &dir.join("model.safetensors"))?;
+        let t5 = T5Encoder::new(&config, frozen(&trained, device))?;
+        Ok(Self { tokenizer, t5, max_tokens, device: device.clone() })
+    }
+
+    /// States and mask of prompts; prompts with too many tokens are cut, with a warning.
+    ///
+    /// # Shapes
+    /// - returns states `[B, max_tokens, text_dim]` and mask `[B, max_tokens]`.
+    ///
+    /// # Errors
+    /// If a prompt is empty.
+    pub fn encode<S: AsRef<str>>(&self, prompts: &[S]) -> Result<TextCond> {
+        /// Prompts encoded at a time.
+        const PROMPTS: usize = 64;
+        let (mut states, mut masks) = (Vec::new(), Vec::new());
+        for part in prompts.chunks(PROMPTS) {
+            let tokens = self
+                .tokenizer
+                .encode_batch(part, self.max_tokens, TooLong::Truncate, &self.device)
+                .map_err(Error::input("cannot read a prompt"))?;
+            for &i in &tokens.truncated {
+                tracing::warn!("prompt cut at {} tokens: {:?}", self.max_tokens, part[i].as_ref());
+            }
+            states.push(self.t5.forward(&tokens.ids, &tokens.mask)?.detach());
+            masks.push(tokens.mask);
+        }
+        Ok(TextCond { states: Tensor::cat(&states, 0)?, mask: Tensor::cat(&masks, 0)? })
+    }
+}
+
+/// Which part of the prompts a line belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Split {
+    /// Fine-tuned on.
+    Train,
+    /// For looking at during training.
+    Valid,
+    /// Held out for evaluation.
+    Test,
+}
+
+/// A line of a prompt file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Prompt {
+    /// Unique name.
+    pub id: String,
+    /// The text.
+    pub caption: String,
+    /// Which part it belongs to.
+    pub split: Split,
+}
+
+/// Reads a prompt file: JSON lines with `id`, `caption` and `split`. Other keys are allowed, so a manifest serves too.
+///
+/// # Errors
+/// If it cannot be read, a line is not valid, a caption is empty, or an id comes twice; the line is named.
+pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
+    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let wrong = |line: usize, problem: String| Error::Content {
+        path: path.to_owned(),
+        problem: format!("line {}: {problem}", line + 1),
+        hint: r#"a line is {"id": "p1", "caption": "a slow waltz on a harp", "split": "train"}"#.into(),
+    };
+    let mut prompts = Vec::new();
+    let mut seen = HashSet::new();
+    for (i, line) in text.lines().enumerate() {
+        if line.trim().is_empty() {
+            continue;
+        }
+        let prompt: Prompt = serde_json::from_str(line).map_err(|err| wrong(i, err.to_string()))?;
+        if prompt.caption.trim().is_empty() {
+            return Err(wrong(i, format!("the caption of `{}` is empty", prompt.id)));
+        }
+        if !seen.insert(prompt.id.clone()) {
+            return Err(wrong(i, format!("the id `{}` comes twice", prompt.id)));
+        }
+        prompts.push(prompt);
+    }
+    Ok(prompts)
+}
+
+/// The prompts of one split, in the order of the file.
+///
+/// # Errors
+/// If there are fewer than `at_least`.
+pub fn prompts_of(path: &Path, split: Split, at_least: usize) -> Result<Vec<Prompt>> {
+    let prompts: Vec<Prompt> = read_prompts(path)?.into_iter().filter(|p| p.split == split).collect();
+    if prompts.len() < at_least {
+        let name = format!("{split:?}").to_lowercase();
+        return Err(Error::Data {
+            problem: format!("`{}` has {} prompts of split `{name}`, {at_least} are needed", path.display(), prompts.len()),
+            hint: "add prompts, or ask for fewer".into(),
+        });
+    }
+    Ok(prompts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bad_prompt_line_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("prompts.jsonl");
+        let good = r#"{"id":"a","caption":"x","split":"train","more":1}"#;
+        for (line, part) in [
+            (r#"{"id":"b","caption":" ","split":"train"}"#, "line 2: the caption of `b` is empty"),
+            (r#"{"id":"a","caption":"y","split":"test"}"#, "line 2: the id `a` comes twice"),
+            (r#"{"id":"b","split":"test"}"#, "line 2: missing field `caption`"),
+            (r#"{"id":"b","caption":"y","split":"tets"}"#, "line 2: unknown variant `tets`"),
+        ] {
+            std::fs::write(&path, format!("{good}\n{line}\n")).unwrap();
+            let text = read_prompts(&path).unwrap_err().to_string();
+            assert!(text.contains(part), "{text}");
+        }
+        std::fs::write(&path, format!("{good}\n\n")).unwrap();
+        assert_eq!(read_prompts(&path).unwrap().len(), 1);
+        let text = prompts_of(&path, Split::Test, 4).unwrap_err().to_string();
+        assert!(text.contains("has 0 prompts of split `test`, 4 are needed"), "{text}");
+    }
+
+    #[test]
+    fn a_missing_folder_is_named_with_a_hint() {
+        let err = Bundle::load(Path::new("/nowhere"), &Device::Cpu).err().unwrap();
+        assert_eq!(err.exit_code(), 1);
+        assert!(err.to_string().contains("/nowhere") && err.to_string().contains("hint"), "{err}");
+    }
+}
