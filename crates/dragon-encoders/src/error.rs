@@ -19,7 +19,9 @@ pub enum Error {
         found: u32,
     },
     /// The clip is too short to say anything about.
-    #[error("the clip has {found} samples, at least {expected} are needed (a tenth of the encoder's window of {window})")]
+    #[error(
+        "the clip has {found} samples, at least {expected} are needed (a tenth of the encoder's window of {window})"
+    )]
     TooShort {
         /// Smallest number of samples accepted.
         expected: usize,
