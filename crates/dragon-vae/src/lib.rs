@@ -1,1 +1,17 @@
-//! TODO
+//! Audio VAE: waveform to latents and back, with its training losses (paper Appendix E).
+//!
+//! In reading order: [`config`] the hyperparameters and presets, [`model`] encoder and decoder, [`vae`] the bottleneck, the
+//! whole model and its folder; then what training needs: [`stft`] the transform with a gradient, [`losses`],
+//! [`discriminator`], and [`training`], one optimiser step.
+
+pub mod config;
+pub mod model;
+pub mod vae;
+
+pub mod discriminator;
+pub mod losses;
+pub mod stft;
+pub mod training;
+
+pub use config::{Config, Output};
+pub use vae::{AudioVae, Error, Posterior};

@@ -1,0 +1,285 @@
+//! Reconstruction losses of the audio VAE, and the adversarial losses on the discriminators' outputs.
+//! Reference: descript-audio-codec 1.0.0 (MIT), `dac/nn/loss.py`; its recipe: mel distance × 15, feature matching × 2,
+//! adversarial × 1.
+//!
+//! All are pure functions of tensors. Audio is `[B, samples]` here: channels are folded into the batch by the caller.
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use crate::stft::Stft;
+
+/// Floor under the logarithm: magnitudes below are silence (DAC's `clamp_eps`).
+const CLAMP_EPS: f64 = 1e-5;
+
+/// L1 distance of log10 mel magnitudes, averaged over values and summed over resolutions
+/// (DAC's `MelSpectrogramLoss` with `pow` 1 and `mag_weight` 0, which are its recipe's settings).
+#[derive(Debug, Clone)]
+pub struct MelLoss {
+    scales: Vec<(Stft, Tensor)>,
+}
+
+impl MelLoss {
+    /// One resolution for each `(window in samples, mel bands)`, hop a quarter of the window, bands from 0 Hz to half the
+    /// sample rate on Slaney's scale with unit area, as librosa has them.
+    ///
+    /// # Errors
+    /// If the filters cannot be put on `device`.
+    pub fn new(sample_rate_hz: u32, scales: &[(usize, usize)], dtype: DType, device: &Device) -> Result<Self> {
+        let scales: Result<_> = scales
+            .iter()
+            .map(|&(window, n_mels)| {
+                let stft = Stft::quarter(window);
+                let filters = slaney_filters(sample_rate_hz, window, n_mels);
+                let filters = Tensor::from_vec(filters, (n_mels, stft.n_bins()), device)?.to_dtype(dtype)?;
+                Ok((stft, filters))
+            })
+            .collect();
+        Ok(Self { scales: scales? })
+    }
+
+    /// The seven resolutions of DAC's recipe: windows 32 to 2048, bands 5 to 320.
+    ///
+    /// # Errors
+    /// As [`MelLoss::new`].
+    pub fn dac(sample_rate_hz: u32, dtype: DType, device: &Device) -> Result<Self> {
+        let scales = [(32, 5), (64, 10), (128, 20), (256, 40), (512, 80), (1024, 160), (2048, 320)];
+        Self::new(sample_rate_hz, &scales, dtype, device)
+    }
+
+    /// `log10(max(mel, 1e-5))` at each resolution, `[B, frames, bands]`.
+    ///
+    /// # Errors
+    /// If the audio `[B, samples]` is too short.
+    pub fn log_mels(&self, audio: &Tensor) -> Result<Vec<Tensor>> {
+        let log_mel = |(stft, filters): &(Stft, Tensor)| {
+            log10(&dragon_nn::linear(&stft.magnitude(audio)?, filters, None)?) // [B, frames, bands]
+        };
+        self.scales.iter().map(log_mel).collect()
+    }
+
+    /// The loss, one number; 0 for equal audio.
+    ///
+    /// # Shapes
+    /// - `estimate`, `audio`: `[B, samples]`, longer than half the longest window.
+    ///
+    /// # Errors
+    /// If the shapes differ or the audio is too short.
+    pub fn forward(&self, estimate: &Tensor, audio: &Tensor) -> Result<Tensor> {
+        let mut sum = Tensor::zeros((), audio.dtype(), audio.device())?;
+        for (x, y) in self.log_mels(estimate)?.iter().zip(&self.log_mels(audio)?) {
+            sum = (sum + l1(x, y)?)?;
+        }
+        Ok(sum)
+    }
+}
+
+/// L1 distance of log10 magnitudes plus L1 distance of magnitudes, averaged over values and summed over resolutions
+/// (DAC's `MultiScaleSTFTLoss` with `pow` 1, and magnitudes divided by the window's sum: `n_fft / 2`, so that a
+/// full-scale sine has magnitude ½ at every resolution and the two terms are of one order).
+#[derive(Debug, Clone)]
+pub struct StftLoss {
+    scales: Vec<Stft>,
+}
+
+impl StftLoss {
+    /// One resolution for each window, in samples; hop a quarter of it.
+    pub fn new(windows: &[usize]) -> Self {
+        Self { scales: windows.iter().map(|&w| Stft::quarter(w)).collect() }
+    }
+
+    /// The loss, one number; 0 for equal audio.
+    ///
+    /// # Shapes
+    /// - `estimate`, `audio`: `[B, samples]`, longer than half the longest window.
+    ///
+    /// # Errors
+    /// If the shapes differ or the audio is too short.
+    pub fn forward(&self, estimate: &Tensor, audio: &Tensor) -> Result<Tensor> {
+        let mut sum = Tensor::zeros((), audio.dtype(), audio.device())?;
+        for stft in &self.scales {
+            let magnitude = |x: &Tensor| stft.magnitude(x)? * (2.0 / stft.n_fft as f64); // [B, frames, bins]
+            let (x, y) = (magnitude(estimate)?, magnitude(audio)?);
+            sum = ((sum + l1(&x, &y)?)? + l1(&log10(&x)?, &log10(&y)?)?)?;
+        }
+        Ok(sum)
+    }
+}
+
+/// Mean absolute difference of two tensors, one number.
+///
+/// # Errors
+/// If the shapes differ.
+pub fn l1(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    (x - y)?.abs()?.mean_all()
+}
+
+/// Scale-invariant signal-to-distortion ratio in dB, one for each row (Le Roux et al. 2019, arXiv:1811.02508, eq. 3),
+/// means removed. Higher is better; a row of silence gives about 0.
+///
+/// # Shapes
+/// - `estimate`, `audio`: `[B, samples]`; returns `[B]`.
+///
+/// # Errors
+/// If the shapes differ.
+pub fn si_sdr(estimate: &Tensor, audio: &Tensor) -> Result<Tensor> {
+    const EPS: f64 = 1e-8;
+    let centred = |x: &Tensor| x.broadcast_sub(&x.mean_keepdim(1)?);
+    let (estimate, audio) = (centred(estimate)?, centred(audio)?);
+    let scale = ((&estimate * &audio)?.sum_keepdim(1)? + EPS)?.div(&(audio.sqr()?.sum_keepdim(1)? + EPS)?)?; // [B, 1]
+    let signal = audio.broadcast_mul(&scale)?;
+    let noise = (estimate - &signal)?;
+    let ratio = (signal.sqr()?.sum(1)? + EPS)?.div(&(noise.sqr()?.sum(1)? + EPS)?)?; // [B]
+    ratio.log()? * (10.0 / std::f64::consts::LN_10)
+}
+
+/// Feature maps of each discriminator, its score map last.
+pub type FeatureMaps = Vec<Vec<Tensor>>;
+
+/// Least-squares loss of the discriminators: `Σ mean(D(fake)²) + mean((1 - D(real))²)`, one number.
+///
+/// # Errors
+/// Those of tensor arithmetic.
+pub fn discriminator_loss(fake: &FeatureMaps, real: &FeatureMaps) -> Result<Tensor> {
+    let mut terms = Vec::new();
+    for (fake, real) in fake.iter().zip(real) {
+        let (Some(fake), Some(real)) = (fake.last(), real.last()) else { continue };
+        terms.push((fake.sqr()?.mean_all()? + real.affine(-1.0, 1.0)?.sqr()?.mean_all()?)?);
+    }
+    total(&terms)
+}
+
+/// Least-squares loss of the generator: `Σ mean((1 - D(fake))²)`, one number.
+///
+/// # Errors
+/// Those of tensor arithmetic.
+pub fn generator_loss(fake: &FeatureMaps) -> Result<Tensor> {
+    let terms: Result<Vec<_>> =
+        fake.iter().filter_map(|f| f.last()).map(|f| f.affine(-1.0, 1.0)?.sqr()?.mean_all()).collect();
+    total(&terms?)
+}
+
+/// Feature matching: L1 distance of all feature maps but the score maps, one number. `real` carries no gradient.
+///
+/// # Errors
+/// If the maps' shapes differ.
+pub fn feature_matching_loss(fake: &FeatureMaps, real: &FeatureMaps) -> Result<Tensor> {
+    let mut terms = Vec::new();
+    for (fake, real) in fake.iter().zip(real) {
+        let inner = fake.len().saturating_sub(1);
+        for (f, r) in fake.iter().zip(real).take(inner) {
+            terms.push(l1(f, &r.detach())?);
+        }
+    }
+    total(&terms)
+}
+
+fn total(terms: &[Tensor]) -> Result<Tensor> {
+    Tensor::stack(terms, 0)?.sum_all()
+}
+
+/// `log10(max(x, 1e-5))`.
+fn log10(x: &Tensor) -> Result<Tensor> {
+    x.maximum(CLAMP_EPS)?.log()? * std::f64::consts::LOG10_E
+}
+
+/// Triangular filters on Slaney's mel scale, each of unit area over Hz, `[n_mels, n_fft / 2 + 1]` row by row
+/// (`librosa.filters.mel` with its defaults).
+fn slaney_filters(sample_rate_hz: u32, n_fft: usize, n_mels: usize) -> Vec<f64> {
+    // Linear below 1000 Hz (15 mel), then a factor of 6.4 in 27 mel.
+    let step = 6.4f64.ln() / 27.0;
+    let to_mel = |hz: f64| if hz < 1000.0 { hz * 3.0 / 200.0 } else { 15.0 + (hz / 1000.0).ln() / step };
+    let to_hz = |mel: f64| if mel < 15.0 { mel * 200.0 / 3.0 } else { 1000.0 * (step * (mel - 15.0)).exp() };
+    let nyquist = f64::from(sample_rate_hz) / 2.0;
+    let edges: Vec<f64> =
+        (0..n_mels + 2).map(|i| to_hz(to_mel(nyquist) * i as f64 / (n_mels + 1) as f64)).collect();
+    let bins = n_fft / 2 + 1;
+    let mut filters = Vec::with_capacity(n_mels * bins);
+    for edge in edges.windows(3) {
+        let (low, centre, high) = (edge[0], edge[1], edge[2]);
+        for bin in 0..bins {
+            let hz = nyquist * bin as f64 / (bins - 1) as f64;
+            let triangle = ((hz - low) / (centre - low)).min((high - hz) / (high - centre)).max(0.0);
+            filters.push(triangle * 2.0 / (high - low));
+        }
+    }
+    filters
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Var;
+    use dragon_nn::Rng;
+
+    use super::*;
+
+    fn noise(shape: (usize, usize)) -> Tensor {
+        Rng::new(3).normal_tensor(shape, DType::F64, &Device::Cpu).unwrap()
+    }
+
+    fn value(x: &Tensor) -> f64 {
+        x.to_scalar::<f64>().unwrap()
+    }
+
+    #[test]
+    fn losses_are_zero_on_equal_input_and_positive_otherwise() {
+        let (x, y) = (noise((2, 400)), (noise((2, 400)) * 0.5).unwrap());
+        let mel = MelLoss::new(1000, &[(32, 5), (64, 10)], DType::F64, &Device::Cpu).unwrap();
+        let stft = StftLoss::new(&[64, 32]);
+        assert_eq!(value(&mel.forward(&x, &x).unwrap()), 0.0);
+        assert_eq!(value(&stft.forward(&x, &x).unwrap()), 0.0);
+        assert_eq!(value(&l1(&x, &x).unwrap()), 0.0);
+        // Half the amplitude is log10(2) away at each resolution, where the floor is far.
+        let distance = value(&mel.forward(&y, &x).unwrap());
+        assert!((distance - 2.0 * 2f64.log10()).abs() < 1e-3, "{distance}");
+        assert!(value(&stft.forward(&y, &x).unwrap()) > 2.0 * 2f64.log10());
+    }
+
+    #[test]
+    fn the_mel_loss_has_the_gradient_of_finite_differences() {
+        let mel = MelLoss::new(1000, &[(32, 5)], DType::F64, &Device::Cpu).unwrap();
+        let (x, y) = (noise((1, 64)), (noise((1, 64)).cos()).unwrap());
+        let var = Var::from_tensor(&x).unwrap();
+        let grads = mel.forward(&var, &y).unwrap().backward().unwrap();
+        let grad = grads.get(&var).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        let base = x.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        for at in [0, 7, 31, 63] {
+            let moved = |by: f64| {
+                let mut v = base.clone();
+                v[at] += by;
+                value(&mel.forward(&Tensor::from_vec(v, (1, 64), &Device::Cpu).unwrap(), &y).unwrap())
+            };
+            let want = (moved(1e-5) - moved(-1e-5)) / 2e-5;
+            assert!((grad[at] - want).abs() < 1e-6 + 1e-4 * want.abs(), "{at}: {} {want}", grad[at]);
+        }
+    }
+
+    #[test]
+    fn si_sdr_ignores_scale_and_counts_noise() {
+        let x = noise((1, 4000));
+        let other = Rng::new(9).normal_tensor((1, 4000), DType::F64, &Device::Cpu).unwrap();
+        let noisy = ((&x * 3.0).unwrap() + (&other * 0.3).unwrap()).unwrap();
+        let db = si_sdr(&noisy, &x).unwrap().to_vec1::<f64>().unwrap()[0];
+        assert!((db - 20.0).abs() < 0.3, "{db}");
+        assert!(si_sdr(&x, &x).unwrap().to_vec1::<f64>().unwrap()[0] > 100.0);
+    }
+
+    #[test]
+    fn adversarial_losses_are_zero_where_each_side_has_won() {
+        let maps = |score: f64| -> FeatureMaps {
+            vec![vec![noise((2, 3)), Tensor::full(score, (2, 4), &Device::Cpu).unwrap()]]
+        };
+        assert_eq!(value(&discriminator_loss(&maps(0.0), &maps(1.0)).unwrap()), 0.0);
+        assert_eq!(value(&discriminator_loss(&maps(1.0), &maps(0.0)).unwrap()), 2.0);
+        assert_eq!(value(&generator_loss(&maps(1.0)).unwrap()), 0.0);
+        assert_eq!(value(&feature_matching_loss(&maps(1.0), &maps(0.0)).unwrap()), 0.0);
+    }
+
+    #[test]
+    fn filters_have_unit_area() {
+        let filters = slaney_filters(16_000, 2048, 80);
+        let bin_hz = 16_000.0 / 2048.0;
+        for row in filters.chunks(1025).skip(10) {
+            assert!((row.iter().sum::<f64>() * bin_hz - 1.0).abs() < 0.1);
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! Encoder and decoder of the audio VAE (paper Appendix E, which builds on DAC, Kumar et al. 2023, arXiv:2306.06546).
+//! Reference: descript-audio-codec 1.0.0 (MIT), `dac/model/dac.py`, `Encoder` and `Decoder`; the path in code is the path
+//! in its checkpoints (`encoder.block.1.block.0.block.1.weight_g`).
+//!
+//! Differences from the reference: the encoder ends in mean and log-variance of the latents, 2 × `latent_dim` channels;
+//! widths and the number of residual units may differ between stages; the residual vector quantiser is left out.
+//! With an odd stride the decoder gives `T * stride` samples (`output_padding` 1), where the reference gives one less.
+//! Golden test: `encoder_and_decoder_match_the_reference` in `tests/golden.rs`.
+//!
+//! Inside, activations are channels-last, `[B, T, C]`; audio and latents are `[B, C, T]`.
+
+use candle_core::{Result, Tensor, bail};
+use candle_nn::VarBuilder;
+use dragon_nn::{Conv1d, Conv1dSpec, ConvTranspose1d, ConvTranspose1dSpec, Snake};
+
+use crate::config::{Config, Output};
+
+/// Waveform to the parameters of the latents' distribution.
+#[derive(Debug, Clone)]
+pub struct Encoder {
+    conv_in: Conv1d,
+    blocks: Vec<EncoderBlock>,
+    snake_out: Snake,
+    conv_out: Conv1d,
+    audio_channels: usize,
+    hop: usize,
+}
+
+impl Encoder {
+    /// Reads the weights under `vb`: `block.0` is the first convolution, `block.1 …` the stages, then snake and convolution.
+    ///
+    /// # Errors
+    /// If a tensor is missing or has another shape.
+    pub fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
+        let vb = vb.pp("block");
+        let widths = &cfg.encoder_channels;
+        let conv_in = Conv1d::weight_norm(cfg.audio_channels, widths[0], 7, same(7, 1), vb.pp(0))?;
+        let mut blocks = Vec::new();
+        for (stage, &stride) in cfg.strides.iter().enumerate() {
+            let shape = BlockShape {
+                from: widths[stage],
+                to: widths[stage + 1],
+                stride,
+                residual_units: cfg.encoder_units[stage],
+            };
+            blocks.push(EncoderBlock::new(shape, vb.pp(stage + 1))?);
+        }
+        let last = cfg.strides.len() + 1;
+        let width = widths[cfg.strides.len()];
+        Ok(Self {
+            conv_in,
+            blocks,
+            snake_out: Snake::new(width, vb.pp(last))?,
+            conv_out: Conv1d::weight_norm(width, 2 * cfg.latent_dim, 3, same(3, 1), vb.pp(last + 1))?,
+            audio_channels: cfg.audio_channels,
+            hop: cfg.hop(),
+        })
+    }
+
+    /// Mean and log-variance of the latents, one above the other.
+    ///
+    /// # Shapes
+    /// - `audio`: `[B, audio_channels, T * hop]`, nominally in [-1, 1]; returns `[B, 2 * latent_dim, T]`.
+    ///
+    /// # Errors
+    /// If `audio` has another number of channels, or a length that is not a positive multiple of the hop.
+    pub fn forward(&self, audio: &Tensor) -> Result<Tensor> {
+        let (_, channels, samples) = audio.dims3()?;
+        if channels != self.audio_channels {
+            bail!("encode: expected audio of {} channels, found {channels}", self.audio_channels);
+        }
+        if samples == 0 || samples % self.hop != 0 {
+            bail!(
+                "encode: expected a length that is a positive multiple of the hop, {} samples, found {samples}; pad or cut the audio",
+                self.hop
+            );
+        }
+        let mut h = audio.transpose(1, 2)?.contiguous()?.apply(&self.conv_in)?; // [B, T*hop, C0]
+        for block in &self.blocks {
+            h = block.forward(&h)?; // [B, T'/stride, C']
+        }
+        let h = h.apply(&self.snake_out)?.apply(&self.conv_out)?; // [B, T, 2*latent_dim]
+        h.transpose(1, 2)?.contiguous() // [B, 2*latent_dim, T]
+    }
+}
+
+/// Latents to waveform.
+#[derive(Debug, Clone)]
+pub struct Decoder {
+    conv_in: Conv1d,
+    blocks: Vec<DecoderBlock>,
+    snake_out: Snake,
+    conv_out: Conv1d,
+    output: Output,
+    latent_dim: usize,
+    strides: Vec<usize>,
+    residual_units: Vec<usize>,
+}
+
+impl Decoder {
+    /// Reads the weights under `vb`: `model.0` is the first convolution, `model.1 …` the stages, then snake and convolution.
+    ///
+    /// # Errors
+    /// If a tensor is missing or has another shape.
+    pub fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
+        let vb = vb.pp("model");
+        let n = cfg.strides.len();
+        let widths = &cfg.decoder_channels;
+        let conv_in = Conv1d::weight_norm(cfg.latent_dim, widths[n], 7, same(7, 1), vb.pp(0))?;
+        let mut blocks = Vec::new();
+        for stage in (0..n).rev() {
+            let shape = BlockShape {
+                from: widths[stage + 1],
+                to: widths[stage],
+                stride: cfg.strides[stage],
+                residual_units: cfg.decoder_units[stage],
+            };
+            blocks.push(DecoderBlock::new(shape, vb.pp(n - stage))?);
+        }
+        Ok(Self {
+            conv_in,
+            blocks,
+            snake_out: Snake::new(widths[0], vb.pp(n + 1))?,
+            conv_out: Conv1d::weight_norm(widths[0], cfg.audio_channels, 7, same(7, 1), vb.pp(n + 2))?,
+            output: cfg.output,
+            latent_dim: cfg.latent_dim,
+            strides: cfg.strides.iter().rev().copied().collect(),
+            residual_units: cfg.decoder_units.iter().rev().copied().collect(),
+        })
+    }
+
+    /// Decodes latents, not normalised.
+    ///
+    /// # Shapes
+    /// - `latents`: `[B, latent_dim, T]`; returns `[B, audio_channels, T * hop]`.
+    ///
+    /// # Errors
+    /// If `latents` has another number of channels or no frame.
+    pub fn forward(&self, latents: &Tensor) -> Result<Tensor> {
+        let (_, channels, frames) = latents.dims3()?;
+        if channels != self.latent_dim {
+            bail!("decode: expected latents of {} channels, found {channels}", self.latent_dim);
+        }
+        if frames == 0 {
+            bail!("decode: expected at least one latent frame, found none");
+        }
+        let mut h = latents.transpose(1, 2)?.contiguous()?.apply(&self.conv_in)?; // [B, T, Cn]
+        for block in &self.blocks {
+            h = block.forward(&h)?; // [B, T'*stride, C']
+        }
+        let h = h.apply(&self.snake_out)?.apply(&self.conv_out)?; // [B, T*hop, audio_channels]
+        let audio = h.transpose(1, 2)?.contiguous()?; // [B, audio_channels, T*hop]
+        match self.output {
+            Output::Tanh => audio.tanh(),
+            Output::Linear => Ok(audio),
+        }
+    }
+
+    /// Latent frames that the samples of frames `start..end` depend on, clips' ends left out of account: `(first, past_last)`.
+    /// `first` can be negative.
+    pub fn receptive_field(&self, start: usize, end: usize) -> (i64, i64) {
+        let hop: usize = self.strides.iter().product();
+        let mut span = ((start * hop) as i64, (end * hop) as i64);
+        let widen = |span: (i64, i64), by: usize| (span.0 - by as i64, span.1 + by as i64);
+        span = widen(span, 3); // conv_out, kernel 7
+        for (&stride, &units) in self.strides.iter().zip(&self.residual_units).rev() {
+            for unit in (0..units).rev() {
+                span = widen(span, 3 * dilation(unit));
+            }
+            // Transposed convolution, kernel 2s, padding p: input i reaches outputs i*s - p … i*s - p + 2s - 1.
+            let (s, p) = (stride as i64, stride.div_ceil(2) as i64);
+            span = ((span.0 + p - 2 * s + 1).div_euclid(s), (span.1 - 1 + p).div_euclid(s) + 1);
+        }
+        widen(span, 3) // conv_in, kernel 7
+    }
+}
+
+/// Widths, stride and depth of one stage.
+struct BlockShape {
+    from: usize,
+    to: usize,
+    stride: usize,
+    residual_units: usize,
+}
+
+#[derive(Debug, Clone)]
+struct EncoderBlock {
+    units: Vec<ResidualUnit>,
+    snake: Snake,
+    down: Conv1d,
+}
+
+impl EncoderBlock {
+    fn new(shape: BlockShape, vb: VarBuilder) -> Result<Self> {
+        let vb = vb.pp("block");
+        let n = shape.residual_units;
+        let units: Result<_> =
+            (0..n).map(|i| ResidualUnit::new(shape.from, dilation(i), vb.pp(i))).collect();
+        let spec = Conv1dSpec { stride: shape.stride, padding: shape.stride.div_ceil(2), ..same(1, 1) };
+        Ok(Self {
+            units: units?,
+            snake: Snake::new(shape.from, vb.pp(n))?,
+            down: Conv1d::weight_norm(shape.from, shape.to, 2 * shape.stride, spec, vb.pp(n + 1))?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let mut h = x.clone(); // [B, T, C]
+        for unit in &self.units {
+            h = unit.forward(&h)?;
+        }
+        h.apply(&self.snake)?.apply(&self.down) // [B, T/stride, C']
+    }
+}
+
+#[derive(Debug, Clone)]
+struct DecoderBlock {
+    snake: Snake,
+    up: ConvTranspose1d,
+    units: Vec<ResidualUnit>,
+}
+
+impl DecoderBlock {
+    fn new(shape: BlockShape, vb: VarBuilder) -> Result<Self> {
+        let vb = vb.pp("block");
+        let spec = ConvTranspose1dSpec {
+            stride: shape.stride,
+            padding: shape.stride.div_ceil(2),
+            output_padding: shape.stride % 2,
+            dilation: 1,
+            groups: 1,
+        };
+        let units: Result<_> = (0..shape.residual_units)
+            .map(|i| ResidualUnit::new(shape.to, dilation(i), vb.pp(i + 2)))
+            .collect();
+        Ok(Self {
+            snake: Snake::new(shape.from, vb.pp(0))?,
+            up: ConvTranspose1d::weight_norm(shape.from, shape.to, 2 * shape.stride, spec, vb.pp(1))?,
+            units: units?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let mut h = x.apply(&self.snake)?.apply(&self.up)?; // [B, T*stride, C']
+        for unit in &self.units {
+            h = unit.forward(&h)?;
+        }
+        Ok(h)
+    }
+}
+
+/// Snake, dilated convolution of 7 taps, snake, convolution of 1 tap, and the input added.
+#[derive(Debug, Clone)]
+struct ResidualUnit {
+    snake1: Snake,
+    conv1: Conv1d,
+    snake2: Snake,
+    conv2: Conv1d,
+}
+
+impl ResidualUnit {
+    fn new(channels: usize, dilation: usize, vb: VarBuilder) -> Result<Self> {
+        let vb = vb.pp("block");
+        Ok(Self {
+            snake1: Snake::new(channels, vb.pp(0))?,
+            conv1: Conv1d::weight_norm(channels, channels, 7, same(7, dilation), vb.pp(1))?,
+            snake2: Snake::new(channels, vb.pp(2))?,
+            conv2: Conv1d::weight_norm(channels, channels, 1, same(1, 1), vb.pp(3))?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let h = x.apply(&self.snake1)?.apply(&self.conv1)?; // [B, T, C]
+        x + h.apply(&self.snake2)?.apply(&self.conv2)?
+    }
+}
+
+/// Dilation of the `unit`-th residual unit of a stage: 1, 3, 9 …
+fn dilation(unit: usize) -> usize {
+    3usize.pow(unit as u32)
+}
+
+/// A convolution of odd `kernel` that keeps the length.
+fn same(kernel: usize, dilation: usize) -> Conv1dSpec {
+    Conv1dSpec { stride: 1, padding: (kernel - 1) * dilation / 2, dilation, groups: 1 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn padding_keeps_the_length_for_odd_kernels() {
+        assert_eq!(same(7, 9).padding, 27);
+        assert_eq!(same(1, 1).padding, 0);
+    }
+}
