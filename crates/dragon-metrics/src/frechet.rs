@@ -280,7 +280,7 @@ impl<'a> FrechetPool<'a> {
     }
 
     /// An evaluator for a sequence of subsets that differ by a few songs each, as a greedy pass asks for them.
-    pub fn walk(&self) -> FrechetWalk<'_, 'a> {
+    pub fn into_walk(self) -> FrechetWalk<'a> {
         FrechetWalk { pool: self, base: None }
     }
 
@@ -456,23 +456,23 @@ struct Plan {
     keep: usize,
 }
 
-/// Distances of subsets that change little from one to the next ([`FrechetPool::walk`]).
+/// Distances of subsets that change little from one to the next ([`FrechetPool::into_walk`]).
 ///
 /// Where a subset needs second moments, those of a base subset are kept and corrected by the songs that differ.
 /// Values agree with [`FrechetPool::distance`] to rounding.
 #[derive(Debug)]
-pub struct FrechetWalk<'p, 'a> {
-    pool: &'p FrechetPool<'a>,
+pub struct FrechetWalk<'a> {
+    pool: FrechetPool<'a>,
     base: Option<(BTreeMap<usize, f64>, Mat<f64>)>,
 }
 
-impl FrechetWalk<'_, '_> {
+impl FrechetWalk<'_> {
     /// As [`FrechetPool::distance`].
     ///
     /// # Errors
     /// As [`FrechetPool::distance`].
     pub fn distance(&mut self, members: &[usize]) -> Result<f64> {
-        let pool = self.pool;
+        let pool = &self.pool;
         let r = pool.r();
         let plan = pool.plan(members)?;
         if plan.keep == 0 || plan.rows.len() <= r || pool.n_songs() * r * r * 8 <= MOMENTS_MAX_BYTES {

@@ -29,7 +29,7 @@ pub use bootstrap::{Better, PairedBootstrap, bootstrap_indices, paired_bootstrap
 pub use clap_score::{Clip, clap_score};
 pub use correlation::{pearson, per_prompt_spearman, spearman};
 pub use error::Error;
-pub use frechet::{FrechetPool, FrechetReference, frechet_distance, per_song_fad};
+pub use frechet::{FrechetPool, FrechetReference, FrechetWalk, frechet_distance, per_song_fad};
 pub use gaussian::{GaussianStats, Moments};
 pub use rows::Rows;
 pub use vendi::{VendiPool, vendi, vendi_order};
