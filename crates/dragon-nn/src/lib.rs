@@ -11,6 +11,7 @@
 //!
 //! Activations are channels-last and contiguous, `[B, T, C]`; weights keep the layout of PyTorch's checkpoints.
 
+mod kernels;
 mod rng;
 
 mod activation;
@@ -58,3 +59,6 @@ fn check_last(op: &str, x: &Tensor, params: &[Option<&Tensor>]) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

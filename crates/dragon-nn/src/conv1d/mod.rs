@@ -1,5 +1,6 @@
 //! One-dimensional convolution over channels-last activations.
 
+mod cpu;
 pub(crate) mod plain;
 
 use candle_core::{Result, Tensor};
@@ -56,7 +57,9 @@ impl Conv1dSpec {
 /// If the shapes do not fit each other or the groups.
 pub fn conv1d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, spec: Conv1dSpec) -> Result<Tensor> {
     check(x, weight, bias, spec)?;
-    plain::conv1d(x, weight, bias, spec)
+    let mut all = vec![x, weight];
+    all.extend(bias);
+    if crate::kernels::fast(&all) { cpu::conv1d(x, weight, bias, spec) } else { plain::conv1d(x, weight, bias, spec) }
 }
 
 fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, spec: Conv1dSpec) -> Result<()> {

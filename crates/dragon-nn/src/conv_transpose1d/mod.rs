@@ -1,5 +1,6 @@
 //! Transposed one-dimensional convolution over channels-last activations.
 
+mod cpu;
 pub(crate) mod plain;
 
 use candle_core::{Result, Tensor};
@@ -70,7 +71,9 @@ pub fn conv_transpose1d(
     spec: ConvTranspose1dSpec,
 ) -> Result<Tensor> {
     check(x, weight, bias, spec)?;
-    plain::conv_transpose1d(x, weight, bias, spec)
+    let mut all = vec![x, weight];
+    all.extend(bias);
+    if crate::kernels::fast(&all) { cpu::conv_transpose1d(x, weight, bias, spec) } else { plain::conv_transpose1d(x, weight, bias, spec) }
 }
 
 fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, spec: ConvTranspose1dSpec) -> Result<()> {

@@ -1,5 +1,6 @@
 //! `y = x Wᵀ + b` on the last dimension.
 
+mod cpu;
 pub(crate) mod plain;
 
 use candle_core::{Result, Tensor};
@@ -15,7 +16,9 @@ use candle_core::{Result, Tensor};
 /// If the shapes do not fit.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     check(x, weight, bias)?;
-    plain::linear(x, weight, bias)
+    let mut all = vec![x, weight];
+    all.extend(bias);
+    if crate::kernels::fast(&all) { cpu::linear(x, weight, bias) } else { plain::linear(x, weight, bias) }
 }
 
 fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<()> {

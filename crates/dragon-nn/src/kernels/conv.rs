@@ -1,0 +1,145 @@
+//! Correlation along time and its two adjoints, shared by the convolution and the transposed convolution.
+
+use super::gemm::{Packed, Rows, product, weight_gradient};
+use super::{Real, filled, for_each};
+
+/// Geometry of a correlation from `[B, t_in, c_in]` to `[B, t_out, c_out]` with weights `[c_out, c_in/groups, taps]`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Geometry {
+    pub batch: usize,
+    pub t_in: usize,
+    pub c_in: usize,
+    pub t_out: usize,
+    pub c_out: usize,
+    pub kernel: usize,
+    pub stride: usize,
+    pub padding: usize,
+    pub dilation: usize,
+    pub groups: usize,
+}
+
+impl Geometry {
+    fn in_group(&self) -> usize {
+        self.c_in / self.groups
+    }
+
+    fn out_group(&self) -> usize {
+        self.c_out / self.groups
+    }
+
+    fn taps(&self) -> Vec<isize> {
+        (0..self.kernel).map(|k| (k * self.dilation) as isize - self.padding as isize).collect()
+    }
+
+    fn rows<'a>(&self, taps: &'a [isize], group: usize) -> Rows<'a> {
+        Rows {
+            n_rows: self.t_out,
+            in_step: self.stride,
+            in_rows: self.t_in,
+            taps,
+            width: self.in_group(),
+            in_stride: self.c_in,
+            out_step: self.c_out,
+            out_start: group * self.out_group(),
+        }
+    }
+}
+
+/// `y[b, t, o] = bias[o] + Σ w[o, i, k] x[b, t·stride + k·dilation - padding, i]`.
+pub(crate) fn correlate<T: Real>(x: &[T], w: &[T], bias: Option<&[T]>, geo: &Geometry) -> Vec<T> {
+    let (ig, og, k) = (geo.in_group(), geo.out_group(), geo.kernel);
+    let taps = geo.taps();
+    // SAFETY: the groups together write every channel of every row; rows outside the input read zeros.
+    unsafe {
+        filled(geo.batch * geo.t_out * geo.c_out, |out| {
+            for group in 0..geo.groups {
+                let packed = Packed::new(w, (k, ig, og), |tap| group * og * ig * k + tap, (k, ig * k));
+                let bias = bias.map(|b| &b[group * og..(group + 1) * og]);
+                product(
+                    &x[(group * ig).min(x.len())..],
+                    geo.t_in * geo.c_in,
+                    &packed,
+                    bias,
+                    out,
+                    geo.t_out * geo.c_out,
+                    geo.batch,
+                    &geo.rows(&taps, group),
+                );
+            }
+        })
+    }
+}
+
+/// The adjoint of [`correlate`] in its input: from `[B, t_out, c_out]` back to `[B, t_in, c_in]`, plus `bias[i]`.
+///
+/// Output rows are split by their phase modulo the stride: the rows of one phase see the same taps, so each phase is
+/// a correlation of stride one whose results lie `stride` rows apart.
+pub(crate) fn correlate_adjoint<T: Real>(g: &[T], w: &[T], bias: Option<&[T]>, geo: &Geometry) -> Vec<T> {
+    let (ig, og, k) = (geo.in_group(), geo.out_group(), geo.kernel);
+    let (stride, padding) = (geo.stride, geo.padding);
+    // SAFETY: the phases and groups together write every element.
+    unsafe {
+        filled(geo.batch * geo.t_in * geo.c_in, |out| {
+            for phase in 0..stride {
+                // Taps from the last to the first: their rows then follow each other.
+                let kernel: Vec<usize> = (0..k).rev().filter(|tap| tap * geo.dilation % stride == phase).collect();
+                // Rows j of this phase lie at stride * j + phase - padding in 0..t_in.
+                let first = padding.saturating_sub(phase).div_ceil(stride);
+                let end = (geo.t_in + padding).saturating_sub(phase).div_ceil(stride);
+                if end <= first {
+                    continue;
+                }
+                let taps: Vec<isize> = kernel
+                    .iter()
+                    .map(|tap| first as isize - ((tap * geo.dilation - phase) / stride) as isize)
+                    .collect();
+                for group in 0..geo.groups {
+                    let start = |block: usize| group * og * ig * k + kernel[block];
+                    let packed = Packed::new(w, (kernel.len(), og, ig), start, (ig * k, k));
+                    let rows = Rows {
+                        n_rows: end - first,
+                        in_step: 1,
+                        in_rows: geo.t_out,
+                        taps: &taps,
+                        width: og,
+                        in_stride: geo.c_out,
+                        out_step: stride * geo.c_in,
+                        out_start: (stride * first + phase - padding) * geo.c_in + group * ig,
+                    };
+                    let bias = bias.map(|b| &b[group * ig..(group + 1) * ig]);
+                    let g = &g[(group * og).min(g.len())..];
+                    product(g, geo.t_out * geo.c_out, &packed, bias, out, geo.t_in * geo.c_in, geo.batch, &rows);
+                }
+            }
+        })
+    }
+}
+
+/// The adjoint of [`correlate`] in its weights: `dw[o, i, k] = Σ g[b, t, o] x[b, t·stride + k·dilation - padding, i]`.
+pub(crate) fn correlate_weight_gradient<T: Real>(x: &[T], g: &[T], geo: &Geometry) -> Vec<T> {
+    let (ig, og, k) = (geo.in_group(), geo.out_group(), geo.kernel);
+    let taps = geo.taps();
+    // SAFETY: the groups together write every element.
+    unsafe {
+        filled(geo.c_out * ig * k, |out| {
+            for group in 0..geo.groups {
+                let x = &x[(group * ig).min(x.len())..];
+                let (x_batch, g_batch) = (geo.t_in * geo.c_in, geo.t_out * geo.c_out);
+                let taps_first = weight_gradient(x, x_batch, g, g_batch, og, geo.batch, &geo.rows(&taps, group));
+                // [k, i, o] -> [o, i, k], sixteen `o` at a time: reads by cache lines, sixteen streams of writes.
+                for_each(og.div_ceil(16), taps_first.len(), |block| {
+                    let columns = block * 16..((block + 1) * 16).min(og);
+                    let part = out.range((group * og + columns.start) * ig * k, columns.len() * ig * k);
+                    for i in 0..ig {
+                        for tap in 0..k {
+                            let line = &taps_first[(tap * ig + i) * og..][..og][columns.clone()];
+                            for (o, &v) in line.iter().enumerate() {
+                                part[o * ig * k + i * k + tap] = v;
+                            }
+                        }
+                    }
+                });
+            }
+        })
+    }
+}

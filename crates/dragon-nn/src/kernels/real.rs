@@ -1,0 +1,273 @@
+//! The float types of the CPU kernels and their elementary functions.
+//!
+//! The f32 functions are branch-free so that the compiler vectorises the loops around them; each is within a few
+//! units in the last place of the exact value over the range that activations meet. The f64 functions are the
+//! standard library's: they serve gradient checks.
+
+use candle_core::{CpuStorage, WithDType};
+
+/// `f32` or `f64`.
+pub(crate) trait Real:
+    WithDType
+    + Copy
+    + Send
+    + Sync
+    + std::ops::Add<Output = Self>
+    + std::ops::Sub<Output = Self>
+    + std::ops::Mul<Output = Self>
+    + std::ops::Div<Output = Self>
+    + std::ops::Neg<Output = Self>
+    + std::ops::AddAssign
+    + std::iter::Sum
+    + PartialOrd
+    + 'static
+{
+    const ZERO: Self;
+    const ONE: Self;
+    const NEG_INFINITY: Self;
+    fn of(x: f64) -> Self;
+    fn wide(self) -> f64;
+    /// `self * b + c`, fused where the processor fuses.
+    fn fma(self, b: Self, c: Self) -> Self;
+    fn root(self) -> Self;
+    fn exp_(self) -> Self;
+    fn sin_cos_(self) -> (Self, Self);
+    fn erf_(self) -> Self;
+    fn max_(self, other: Self) -> Self;
+    fn storage(data: Vec<Self>) -> CpuStorage;
+
+    /// `1 / (1 + exp(-x))`.
+    #[inline(always)]
+    fn sigmoid(self) -> Self {
+        Self::ONE / (Self::ONE + (-self).exp_())
+    }
+
+    /// Adds `M` rows of 16 products to `acc`: `acc[i][j] += Σ_p a[i][p * step] * b[16 p + j]`, in the order of `p`.
+    ///
+    /// # Safety
+    /// `a[i]` must be readable at `p * step` and `b` at `16 p .. 16 p + 16` for every `p < k`.
+    #[inline(always)]
+    unsafe fn tile<const M: usize>(acc: &mut [[Self; 16]; M], k: usize, a: [*const Self; M], step: usize, b: *const Self) {
+        for p in 0..k {
+            // SAFETY: the caller's contract.
+            let row = unsafe { &*(b.add(16 * p) as *const [Self; 16]) };
+            for i in 0..M {
+                // SAFETY: the caller's contract.
+                let factor = unsafe { *a[i].add(p * step) };
+                for j in 0..16 {
+                    acc[i][j] = factor.fma(row[j], acc[i][j]);
+                }
+            }
+        }
+    }
+}
+
+impl Real for f64 {
+    const ZERO: f64 = 0.0;
+    const ONE: f64 = 1.0;
+    const NEG_INFINITY: f64 = f64::NEG_INFINITY;
+
+    #[inline(always)]
+    fn of(x: f64) -> f64 {
+        x
+    }
+
+    #[inline(always)]
+    fn wide(self) -> f64 {
+        self
+    }
+
+    #[inline(always)]
+    fn fma(self, b: f64, c: f64) -> f64 {
+        self * b + c
+    }
+
+    fn root(self) -> f64 {
+        self.sqrt()
+    }
+
+    fn exp_(self) -> f64 {
+        self.exp()
+    }
+
+    fn sin_cos_(self) -> (f64, f64) {
+        self.sin_cos()
+    }
+
+    fn erf_(self) -> f64 {
+        candle_core::cpu::erf::erf_f64(self)
+    }
+
+    #[inline(always)]
+    fn max_(self, other: f64) -> f64 {
+        if self > other { self } else { other }
+    }
+
+    fn storage(data: Vec<f64>) -> CpuStorage {
+        CpuStorage::F64(data)
+    }
+}
+
+impl Real for f32 {
+    const ZERO: f32 = 0.0;
+    const ONE: f32 = 1.0;
+    const NEG_INFINITY: f32 = f32::NEG_INFINITY;
+
+    #[inline(always)]
+    fn of(x: f64) -> f32 {
+        x as f32
+    }
+
+    #[inline(always)]
+    fn wide(self) -> f64 {
+        f64::from(self)
+    }
+
+    #[inline(always)]
+    fn fma(self, b: f32, c: f32) -> f32 {
+        // Without the instruction `mul_add` is a slow library call.
+        if cfg!(any(target_feature = "fma", target_arch = "aarch64")) { self.mul_add(b, c) } else { self * b + c }
+    }
+
+    #[inline(always)]
+    fn root(self) -> f32 {
+        self.sqrt()
+    }
+
+    /// `2^n · exp(r)` with `|r| <= ln 2 / 2`; polynomial of Cephes' `expf`. Below -87.3 it gives 0 (no subnormals),
+    /// above 88.7 infinity.
+    #[inline(always)]
+    fn exp_(self) -> f32 {
+        let x = self.clamp(-87.4, 89.0);
+        let n = x.fma(std::f32::consts::LOG2_E, ROUND) - ROUND;
+        let r = n.fma(-0.693_359_4, x);
+        let r = n.fma(2.121_944_4e-4, r);
+        let p = 1.987_569_1e-4f32;
+        let p = p.fma(r, 1.398_199_9e-3);
+        let p = p.fma(r, 8.333_452e-3);
+        let p = p.fma(r, 4.166_579_6e-2);
+        let p = p.fma(r, 1.666_666_5e-1);
+        let p = p.fma(r, 0.5);
+        let y = p.fma(r * r, r) + 1.0;
+        // 2^n in two factors: n reaches 128, whose power alone would overflow.
+        let half = |n: f32| f32::from_bits((((n + ROUND).to_bits().wrapping_sub(ROUND.to_bits())).wrapping_add(127)) << 23);
+        let low = (n * 0.5 + ROUND) - ROUND;
+        let y = y * half(low) * half(n - low);
+        let y = if self < -87.336_54 { 0.0 } else { y };
+        let y = if self > 88.722_84 { f32::INFINITY } else { y };
+        if self.is_nan() { self } else { y }
+    }
+
+    /// Reduction by multiples of π/2 in three parts, then Cephes' polynomials; absolute error below 2e-7 for
+    /// `|x| < 8192`. NaN and infinities give NaN.
+    #[inline(always)]
+    fn sin_cos_(self) -> (f32, f32) {
+        let n = self.fma(std::f32::consts::FRAC_2_PI, ROUND) - ROUND;
+        let r = n.fma(-1.570_312_5, self);
+        let r = n.fma(-4.837_513e-4, r);
+        let r = n.fma(-7.549_79e-8, r);
+        let quadrant = (n + ROUND).to_bits();
+        let r2 = r * r;
+        let s = (-1.951_529_6e-4f32).fma(r2, 8.332_161e-3).fma(r2, -1.666_665_5e-1);
+        let s = (s * r2).fma(r, r);
+        let c = 2.443_315_7e-5f32.fma(r2, -1.388_731_6e-3).fma(r2, 4.166_664_6e-2);
+        let c = (c * r2).fma(r2, (-0.5f32).fma(r2, 1.0));
+        let swap = quadrant & 1 != 0;
+        let (sin, cos) = if swap { (c, s) } else { (s, c) };
+        let sin = f32::from_bits(sin.to_bits() ^ ((quadrant & 2) << 30));
+        let cos = f32::from_bits(cos.to_bits() ^ ((quadrant.wrapping_add(1) & 2) << 30));
+        (sin, cos)
+    }
+
+    /// Rational approximation on [-4, 4] (Eigen's `generic_fast_erf_float`), absolute error below 2e-7.
+    #[inline(always)]
+    fn erf_(self) -> f32 {
+        let x = self.clamp(-4.0, 4.0);
+        let x2 = x * x;
+        let p = (-2.726_142_2e-10f32).fma(x2, 2.770_681_4e-8);
+        let p = p.fma(x2, -2.101_024e-6);
+        let p = p.fma(x2, -5.692_506_4e-5);
+        let p = p.fma(x2, -7.349_906_3e-4);
+        let p = p.fma(x2, -2.954_599_8e-3);
+        let p = p.fma(x2, -1.609_603_3e-2) * x;
+        let q = (-1.456_607_2e-5f32).fma(x2, -2.133_740_5e-4);
+        let q = q.fma(x2, -1.682_827e-3);
+        let q = q.fma(x2, -7.373_329e-3);
+        let q = q.fma(x2, -1.426_473_9e-2);
+        p / q
+    }
+
+    #[inline(always)]
+    fn max_(self, other: f32) -> f32 {
+        if self > other { self } else { other }
+    }
+
+    fn storage(data: Vec<f32>) -> CpuStorage {
+        CpuStorage::F32(data)
+    }
+
+    #[cfg(all(target_arch = "x86_64", target_feature = "avx2", target_feature = "fma"))]
+    #[inline(always)]
+    unsafe fn tile<const M: usize>(acc: &mut [[f32; 16]; M], k: usize, a: [*const f32; M], step: usize, b: *const f32) {
+        use std::arch::x86_64::*;
+        // SAFETY: the reads are those of the caller's contract; `acc` rows hold 16 floats.
+        unsafe {
+            let mut low = [_mm256_setzero_ps(); M];
+            let mut high = [_mm256_setzero_ps(); M];
+            for i in 0..M {
+                low[i] = _mm256_loadu_ps(acc[i].as_ptr());
+                high[i] = _mm256_loadu_ps(acc[i].as_ptr().add(8));
+            }
+            let mut b = b;
+            let mut offset = 0;
+            for _ in 0..k {
+                let b_low = _mm256_loadu_ps(b);
+                let b_high = _mm256_loadu_ps(b.add(8));
+                for i in 0..M {
+                    let factor = _mm256_broadcast_ss(&*a[i].add(offset));
+                    low[i] = _mm256_fmadd_ps(factor, b_low, low[i]);
+                    high[i] = _mm256_fmadd_ps(factor, b_high, high[i]);
+                }
+                b = b.add(16);
+                offset += step;
+            }
+            for i in 0..M {
+                _mm256_storeu_ps(acc[i].as_mut_ptr(), low[i]);
+                _mm256_storeu_ps(acc[i].as_mut_ptr().add(8), high[i]);
+            }
+        }
+    }
+}
+
+/// Adding and subtracting this rounds an f32 below 2^22 to an integer, which then stands in the low bits.
+const ROUND: f32 = 12_582_912.0;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_f32_functions_follow_f64() {
+        for i in -200_000..200_000 {
+            let x = i as f32 * 4.3e-4; // ±86
+            let wide = f64::from(x);
+            assert!((f64::from(x.exp_()) / wide.exp() - 1.0).abs() < 3e-7, "exp {x}");
+            let (s, c) = (x * 10.0).sin_cos_();
+            let wide10 = f64::from(x * 10.0);
+            assert!((f64::from(s) - wide10.sin()).abs() < 3e-7 && (f64::from(c) - wide10.cos()).abs() < 3e-7, "sin {x}");
+            let erf = candle_core::cpu::erf::erf_f64(wide * 0.1);
+            assert!((f64::from((x * 0.1).erf_()) - erf).abs() < 5e-7, "erf {x}");
+        }
+    }
+
+    #[test]
+    fn the_f32_functions_keep_their_limits() {
+        assert_eq!(f32::NEG_INFINITY.exp_(), 0.0);
+        assert_eq!((-100f32).exp_(), 0.0);
+        assert_eq!(f32::INFINITY.exp_(), f32::INFINITY);
+        assert_eq!(0f32.exp_(), 1.0);
+        assert!(f32::NAN.exp_().is_nan() && f32::NAN.sin_cos_().0.is_nan() && f32::NAN.erf_().is_nan());
+        assert!((88.5f32.exp_() / 88.5f32.exp() - 1.0).abs() < 1e-6);
+        assert_eq!(0f32.sin_cos_(), (0.0, 1.0));
+    }
+}
