@@ -55,6 +55,27 @@ pub fn read_mono(path: &Path, sample_rate_hz: u32) -> Result<Clip> {
     read(path)?.to_mono().resample(sample_rate_hz)
 }
 
+/// The text tags of a file (Vorbis comments, ID3, ...), keys in lower case, in file order.
+///
+/// # Errors
+/// If the file is missing or in an unsupported format.
+pub fn read_tags(path: &Path) -> Result<Vec<(String, String)>> {
+    let file = File::open(path).map_err(|e| Error::io(path, "read", e))?;
+    let stream = MediaSourceStream::new(Box::new(file), Default::default());
+    let (format_options, metadata_options) = (FormatOptions::default(), MetadataOptions::default());
+    let mut format = symphonia::default::get_probe()
+        .probe(&Hint::new(), stream, format_options, metadata_options)
+        .map_err(|e| Error::Unsupported { path: path.to_path_buf(), found: e.to_string() })?;
+    let mut tags = Vec::new();
+    if let Some(revision) = format.metadata().skip_to_latest() {
+        let per_track = revision.per_track.iter().flat_map(|t| &t.metadata.tags);
+        for tag in revision.media.tags.iter().chain(per_track) {
+            tags.push((tag.raw.key.to_lowercase(), tag.raw.value.to_string()));
+        }
+    }
+    Ok(tags)
+}
+
 /// Decodes the first audio track.
 fn decode(path: &Path, file: File, kind: Kind) -> Result<Audio> {
     let unsupported = |found: String| Error::Unsupported { path: path.to_path_buf(), found };

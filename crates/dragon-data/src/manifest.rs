@@ -1,0 +1,314 @@
+//! The manifest: one line of JSON per clip. Also read from CSV.
+
+use std::fs;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use crate::rng::hash64;
+
+/// One clip.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Entry {
+    /// Unique name of the clip within its manifest.
+    pub id: String,
+    /// Name of the tune or track that the clip is from; clips of one piece are always in one split.
+    pub piece: String,
+    /// WAV file, relative to the manifest's folder.
+    pub path: String,
+    /// Where the clip starts in its piece, seconds.
+    pub start_s: f64,
+    /// Duration, seconds.
+    pub duration_s: f64,
+    /// Samples per second.
+    pub sample_rate_hz: u32,
+    /// What is heard, in words.
+    pub caption: String,
+    /// Where the caption is from.
+    pub caption_source: CaptionSource,
+    /// Training, validation or test; see [`split_of`].
+    pub split: Split,
+    /// Where the clip is from.
+    pub corpus: Corpus,
+    /// Facts behind the caption, as JSON.
+    #[serde(default)]
+    pub attributes: Map<String, Value>,
+}
+
+/// Where a caption is from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CaptionSource {
+    /// Written from what was rendered: exact.
+    Score,
+    /// Put together from titles, comments and folders of a package: about the track, not this excerpt.
+    Metadata,
+    /// Given by the user.
+    User,
+    /// Written by a model.
+    Model,
+}
+
+/// The three parts of a corpus.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Split {
+    /// For training, 90 % of the pieces.
+    Train,
+    /// For choices during development, 5 %.
+    Valid,
+    /// For final numbers, 5 %.
+    Test,
+}
+
+/// Where a clip is from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Corpus {
+    /// Rendered from notation.
+    Scores,
+    /// Recorded music from packages.
+    Recordings,
+    /// The user's.
+    Import,
+}
+
+/// The split of a piece: a hash of its name, so it never changes. 90 % train, 5 % valid, 5 % test.
+pub fn split_of(piece: &str) -> Split {
+    match hash64(piece) % 100 {
+        0..=89 => Split::Train,
+        90..=94 => Split::Valid,
+        _ => Split::Test,
+    }
+}
+
+/// Reads a manifest: `.jsonl` (one [`Entry`] per line) or `.csv` (a header with the fields' names;
+/// `attributes` as JSON or absent).
+///
+/// # Errors
+/// If the file is missing or unreadable, or a line has a missing, unknown or ill-typed field, an absolute path or one
+/// that leaves the folder, or an id seen before; the message names file, line and field.
+pub fn read_manifest(path: &Path) -> Result<Vec<Entry>> {
+    let text = read_text(path, "manifest")?;
+    let entries = if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("csv")) {
+        let rows = parse_csv(path, &text)?;
+        rows.into_iter()
+            .map(|(line, row)| Ok((line, entry_of_row(path, line, row)?)))
+            .collect::<Result<Vec<_>>>()?
+    } else {
+        let lines = text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty());
+        lines
+            .map(|(i, l)| {
+                let entry = serde_json::from_str::<Entry>(l).map_err(|e| Error::Line {
+                    path: path.to_path_buf(),
+                    line: i + 1,
+                    detail: e.to_string(),
+                })?;
+                Ok((i + 1, entry))
+            })
+            .collect::<Result<Vec<_>>>()?
+    };
+    let mut seen = std::collections::HashMap::new();
+    for (line, entry) in &entries {
+        let refuse = |detail: String| Error::Line { path: path.to_path_buf(), line: *line, detail };
+        if let Some(first) = seen.insert(entry.id.as_str(), line) {
+            return Err(refuse(format!("`id` must be unique, found `{}` also on line {first}", entry.id)));
+        }
+        let relative = Path::new(&entry.path);
+        if !relative.components().all(|c| matches!(c, std::path::Component::Normal(_)))
+            || entry.path.is_empty()
+        {
+            return Err(refuse(format!(
+                "`path` must lie inside the manifest's folder, found `{}`",
+                entry.path
+            )));
+        }
+    }
+    Ok(entries.into_iter().map(|(_, e)| e).collect())
+}
+
+/// Writes a JSONL manifest, whole or not at all.
+///
+/// # Errors
+/// If the system refuses.
+pub fn write_manifest(path: &Path, entries: &[Entry]) -> Result<()> {
+    let mut text = String::new();
+    for entry in entries {
+        text.push_str(&to_line(entry));
+    }
+    dragon_audio::write::write_atomic(path, text.as_bytes()).map_err(Error::io(path, "written"))
+}
+
+pub(crate) fn to_line(entry: &Entry) -> String {
+    let mut line = serde_json::to_string(entry).expect("an entry has only string keys");
+    line.push('\n');
+    line
+}
+
+pub(crate) fn read_text(path: &Path, what: &'static str) -> Result<String> {
+    let bytes = fs::read(path).map_err(|e| {
+        if e.kind() == std::io::ErrorKind::NotFound {
+            let hint = "check the path; relative paths start at the current folder";
+            return Error::Missing { what, path: path.to_path_buf(), hint };
+        }
+        Error::Io { path: path.to_path_buf(), action: "read", source: e }
+    })?;
+    let text = String::from_utf8(bytes).map_err(|e| Error::Input {
+        what,
+        path: path.to_path_buf(),
+        detail: format!("expected UTF-8 text, found other bytes at {}", e.utf8_error().valid_up_to()),
+    })?;
+    Ok(text.strip_prefix('\u{feff}').map(str::to_string).unwrap_or(text))
+}
+
+/// One row of a CSV file: column to text.
+pub(crate) type Row = std::collections::BTreeMap<String, String>;
+
+/// Parses CSV with a header (RFC 4180: quotes, doubled quotes, line breaks inside quotes); rows carry their line.
+pub(crate) fn parse_csv(path: &Path, text: &str) -> Result<Vec<(usize, Row)>> {
+    let refuse = |line: usize, detail: String| Error::Line { path: path.to_path_buf(), line, detail };
+    let mut records: Vec<(usize, Vec<String>)> = Vec::new();
+    let (mut fields, mut field, mut quoted, mut started_at, mut line) =
+        (Vec::new(), String::new(), false, 1, 1);
+    let mut chars = text.chars().peekable();
+    let mut any = false; // whether the current record has begun
+    while let Some(c) = chars.next() {
+        if c == '\n' {
+            line += 1;
+        }
+        match c {
+            '"' if quoted && chars.peek() == Some(&'"') => {
+                field.push('"');
+                chars.next();
+            }
+            '"' if quoted => quoted = false,
+            '"' if field.is_empty() => (quoted, any) = (true, true),
+            ',' if !quoted => {
+                fields.push(std::mem::take(&mut field));
+                any = true;
+            }
+            '\r' if !quoted && chars.peek() == Some(&'\n') => {}
+            '\n' if !quoted => {
+                if any || !field.is_empty() {
+                    fields.push(std::mem::take(&mut field));
+                    records.push((started_at, std::mem::take(&mut fields)));
+                }
+                (started_at, any) = (line, false);
+            }
+            c => field.push(c),
+        }
+    }
+    if quoted {
+        return Err(refuse(started_at, "expected a closing quote, found the end of the file".into()));
+    }
+    if any || !field.is_empty() {
+        fields.push(field);
+        records.push((started_at, fields));
+    }
+    let mut records = records.into_iter();
+    let Some((_, header)) = records.next() else {
+        return Err(refuse(1, "expected a header with the columns' names, found nothing".into()));
+    };
+    let header: Vec<String> = header.iter().map(|h| h.trim().to_string()).collect();
+    records
+        .map(|(line, fields)| {
+            if fields.len() != header.len() {
+                return Err(refuse(
+                    line,
+                    format!("expected {} columns, found {}", header.len(), fields.len()),
+                ));
+            }
+            Ok((line, header.iter().cloned().zip(fields).collect()))
+        })
+        .collect()
+}
+
+fn entry_of_row(path: &Path, line: usize, row: Row) -> Result<Entry> {
+    let refuse = |detail: String| Error::Line { path: path.to_path_buf(), line, detail };
+    let mut object = Map::new();
+    for (key, text) in row {
+        let value = match key.as_str() {
+            "start_s" | "duration_s" | "sample_rate_hz" => serde_json::from_str(text.trim())
+                .map_err(|_| refuse(format!("`{key}`: expected a number, found `{text}`")))?,
+            "attributes" if text.trim().is_empty() => continue,
+            "attributes" => serde_json::from_str(&text)
+                .map_err(|e| refuse(format!("`attributes`: expected JSON, found `{text}` ({e})")))?,
+            _ => Value::String(text),
+        };
+        object.insert(key, value);
+    }
+    serde_json::from_value(Value::Object(object)).map_err(|e| refuse(e.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(id: &str) -> Entry {
+        Entry {
+            id: id.into(),
+            piece: "The \"Quoted\", Tune".into(),
+            path: format!("wav/{id}.wav"),
+            start_s: 1.5,
+            duration_s: 5.12,
+            sample_rate_hz: 16000,
+            caption: "a slow air, on solo flute".into(),
+            caption_source: CaptionSource::User,
+            split: split_of("x"),
+            corpus: Corpus::Import,
+            attributes: Map::new(),
+        }
+    }
+
+    #[test]
+    fn a_manifest_is_read_as_it_was_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("manifest.jsonl");
+        let entries = vec![entry("a"), entry("b")];
+        write_manifest(&path, &entries).unwrap();
+        assert_eq!(read_manifest(&path).unwrap(), entries);
+    }
+
+    #[test]
+    fn csv_with_quotes_gives_the_same_entries() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("m.csv");
+        let text = "id,piece,path,start_s,duration_s,sample_rate_hz,caption,caption_source,split,corpus\r\n\
+            a,\"The \"\"Quoted\"\", Tune\",wav/a.wav,1.5,5.12,16000,\"a slow air, on solo flute\",user,train,import\r\n";
+        fs::write(&path, text).unwrap();
+        let mut want = entry("a");
+        want.split = Split::Train;
+        assert_eq!(read_manifest(&path).unwrap(), [want]);
+    }
+
+    #[test]
+    fn a_wrong_line_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("manifest.jsonl");
+        let cases = [
+            (to_line(&entry("a")) + "{\"id\": 3}\n", "line 2"),
+            (to_line(&entry("a")).replace("\"caption\"", "\"captoin\""), "unknown field `captoin`"),
+            (to_line(&entry("a")) + &to_line(&entry("a")), "`id` must be unique, found `a` also on line 1"),
+            (
+                to_line(&entry("a")).replace("wav/a.wav", "../a.wav"),
+                "`path` must lie inside the manifest's folder",
+            ),
+        ];
+        for (text, want) in cases {
+            fs::write(&path, text).unwrap();
+            let message = read_manifest(&path).unwrap_err().to_string();
+            assert!(message.contains(want), "{message}");
+        }
+    }
+
+    #[test]
+    fn splits_are_fixed_and_near_90_5_5() {
+        let count = |s| (0..10000).filter(|i| split_of(&format!("piece {i}")) == s).count();
+        let (valid, test) = (count(Split::Valid), count(Split::Test));
+        assert!((400..600).contains(&valid) && (400..600).contains(&test), "{valid} {test}");
+        assert_eq!(split_of("BeebesHornpipe"), split_of("BeebesHornpipe"));
+    }
+}
