@@ -17,7 +17,7 @@
 mod lanes;
 mod network;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use dragon_audio::{MelConfig, MelNorm, MelScale, MelSpectrogram, PadMode};
@@ -87,15 +87,9 @@ impl Musicnn {
                 }
             }
         }
-        let mut unused: Vec<_> =
-            file.names().into_iter().filter(|name| !values.contains_key(*name)).collect();
-        unused.sort();
-        problems.extend(
-            unused
-                .into_iter()
-                .filter(|name| network::shapes().iter().all(|(known, _)| known != name))
-                .map(|name| format!("  tensor `{name}`: unused")),
-        );
+        let known: BTreeSet<String> = network::shapes().into_iter().map(|(name, _)| name).collect();
+        let unused: BTreeSet<&str> = file.names().into_iter().filter(|name| !known.contains(*name)).collect();
+        problems.extend(unused.into_iter().map(|name| format!("  tensor `{name}`: unused")));
         let tags: Vec<String> =
             metadata.get("tags").and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
         if tags.len() != N_TAGS {

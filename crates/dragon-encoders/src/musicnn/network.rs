@@ -10,6 +10,8 @@
 //!   multiplications. 3 frames at each edge of a window are its own.
 //! - *Temporal filters* (128, 64 or 32 frames by 1 band): taps are summed from the latest frame to the earliest; where a window begins,
 //!   the sum so far is that window's, and what a window's end cuts off is the sum up to there.
+//! - *The first middle layer* is linear in timbral and temporal features before its relu. Its timbral part is shared, but for 6
+//!   frames at each edge.
 
 use super::lanes::{BINS, Complex, InverseFft, LANES, LENGTH, Lanes};
 
@@ -27,9 +29,14 @@ const TIMBRAL_FRAMES: usize = 7;
 const TIMBRAL_CHANNELS: usize = 204; // int(1.6 * 128)
 const TEMPORAL_FRAMES: [usize; 3] = [128, 64, 32];
 const TEMPORAL_CHANNELS: usize = 51; // int(1.6 * 32)
-const FRONT: usize = 2 * TIMBRAL_CHANNELS + 3 * TEMPORAL_CHANNELS;
+/// Channels of both kinds of timbral filters, and of the three of temporal ones.
+const TIMBRAL: usize = 2 * TIMBRAL_CHANNELS;
+const TEMPORAL: usize = 3 * TEMPORAL_CHANNELS;
+const FRONT: usize = TIMBRAL + TEMPORAL;
 const MID: usize = 64;
 const MID_FRAMES: usize = 7;
+/// Zeros before and after a window in the middle layers.
+const PAD: usize = MID_FRAMES / 2;
 const POOLED: usize = 2 * (FRONT + 3 * MID);
 /// TensorFlow's default, with which the network was trained.
 const NORM_EPS: f64 = 1e-3;
@@ -97,6 +104,9 @@ pub struct Network {
     input: Norm,
     timbral: [Timbral; 2],
     temporal: [Temporal; 3],
+    /// The part of the first middle layer's kernel that reads timbral features: `[tap, 408, 64]`.
+    mid_timbral: Vec<f32>,
+    /// The first without that part.
     mid: [Mid; 3],
     pool_norm: Norm,
     penultimate: Dense,
@@ -115,7 +125,7 @@ struct Timbral {
 
 /// Filters over many frames and one band, 'same' in time, maximum over frequency.
 struct Temporal {
-    /// `[channel / 3][tap][3]`.
+    /// `[channel / 4][tap][4]`, zeros for the 52nd channel.
     taps: Vec<[f32; TILE_CHANNELS]>,
     n_taps: usize,
     pooled: PooledNorm,
@@ -201,16 +211,20 @@ impl Network {
             let name = format!("frontend.temporal_{frames}");
             Temporal::new(frames, &take(&format!("{name}.conv.kernel")), pooled(&name))
         });
-        let mid = [0, 1, 2].map(|i| Mid {
+        let mut mid = [0, 1, 2].map(|i| Mid {
             kernel: take(&format!("midend.{i}.conv.kernel")),
             bias: take(&format!("midend.{i}.conv.bias")),
             norm: norm(&format!("midend.{i}.norm")),
         });
+        let taps = || mid[0].kernel.chunks(FRONT * MID);
+        let mid_timbral = taps().flat_map(|tap| &tap[..TIMBRAL * MID]).copied().collect();
+        mid[0].kernel = taps().flat_map(|tap| &tap[TIMBRAL * MID..]).copied().collect();
         Network {
             fft,
             input: norm("input_norm"),
             timbral,
             temporal,
+            mid_timbral,
             mid,
             pool_norm: norm("backend.pool_norm"),
             penultimate: dense("backend.penultimate"),
@@ -238,40 +252,70 @@ impl Network {
             let rows = Rows::new(n_frames, starts, filters.n_taps);
             (filters.forward(&x, &rows), rows) // [rows, 51]
         });
+        let (mixed, mixed_rows) = self.mix_timbral(&timbral, &rows, n_frames); // [rows, 64]
         let mut scratch = Scratch::default();
         (0..starts.len())
             .map(|window| {
-                let front = &mut scratch.front;
-                front.clear();
-                front.resize((N_FRAMES + MID_FRAMES - 1) * FRONT, 0.0);
+                scratch.clear();
                 for i in 0..N_FRAMES {
-                    let out = &mut front[(i + MID_FRAMES / 2) * FRONT..][..FRONT];
-                    let (a, mut rest) = out.split_at_mut(2 * TIMBRAL_CHANNELS);
-                    a.copy_from_slice(&timbral[rows.of(window, i) * a.len()..][..a.len()]);
+                    scratch.timbral.extend_from_slice(row_of(&timbral, TIMBRAL, rows.of(window, i)));
+                    let mut out = &mut scratch.temporal[(i + PAD) * TEMPORAL..][..TEMPORAL];
                     for (features, rows) in &temporal {
-                        let row = &features[rows.of(window, i) * TEMPORAL_CHANNELS..][..TEMPORAL_CHANNELS];
-                        rest[..TEMPORAL_CHANNELS].copy_from_slice(row);
-                        rest = &mut rest[TEMPORAL_CHANNELS..];
+                        let (here, rest) = out.split_at_mut(TEMPORAL_CHANNELS);
+                        here.copy_from_slice(row_of(features, TEMPORAL_CHANNELS, rows.of(window, i)));
+                        out = rest;
                     }
+                    scratch.mixed.extend_from_slice(row_of(&mixed, MID, mixed_rows.of(window, i)));
                 }
                 self.head(&mut scratch)
             })
             .collect()
     }
 
-    /// Middle and back of the network for one window whose padded front-end features `[187 + 6, 561]` lie in `scratch`.
+    /// What the timbral features `[rows, 408]` add to the first middle layer, before its relu: `[rows, 64]`.
+    fn mix_timbral(&self, features: &[f32], rows: &Rows, n_frames: usize) -> (Vec<f32>, Rows) {
+        // Both kernels reach 3 frames, so 6 frames at the edges of a window are its own: as with one kernel of 13.
+        let mixed = Rows::new(n_frames, &rows.starts, TIMBRAL_FRAMES + MID_FRAMES - 1);
+        const WIDTH: usize = MID_FRAMES * TIMBRAL;
+        let mut inputs = vec![0.0; mixed.rows.len() * WIDTH];
+        let mut done = vec![false; mixed.rows.len()];
+        for window in 0..rows.starts.len() {
+            for i in 0..N_FRAMES {
+                let row = mixed.of(window, i);
+                if std::mem::replace(&mut done[row], true) {
+                    continue;
+                }
+                let taps = inputs[row * WIDTH..][..WIDTH].chunks_exact_mut(TIMBRAL);
+                for (tap, input) in taps.enumerate() {
+                    let frame = (i + tap).wrapping_sub(PAD);
+                    if frame < N_FRAMES {
+                        input.copy_from_slice(row_of(features, TIMBRAL, rows.of(window, frame)));
+                    }
+                }
+            }
+        }
+        let mut out = vec![0.0; mixed.rows.len() * MID];
+        product(mixed.rows.len(), MID, WIDTH, &inputs, WIDTH, &self.mid_timbral, &mut out);
+        (out, mixed)
+    }
+
+    /// Middle and back of the network for one window whose front-end features lie in `scratch`.
     fn head(&self, scratch: &mut Scratch) -> Output {
-        const PAD: usize = MID_FRAMES / 2;
-        let Scratch { front, mid } = scratch;
+        let Scratch { timbral, temporal, mixed, mid } = scratch;
         for (i, layer) in self.mid.iter().enumerate() {
             let (done, todo) = mid.split_at_mut(i);
-            let (input, channels) = if i == 0 { (&front[..], FRONT) } else { (&done[i - 1][..], MID) };
+            let (input, channels) = if i == 0 { (&temporal[..], TEMPORAL) } else { (&done[i - 1][..], MID) };
             let out = &mut todo[0];
             out.clear();
             out.resize((N_FRAMES + 2 * PAD) * MID, 0.0);
             let body = &mut out[PAD * MID..(PAD + N_FRAMES) * MID];
             // Rows of 7 frames overlap: one product, nothing copied.
             product(N_FRAMES, MID, MID_FRAMES * channels, input, channels, &layer.kernel, body);
+            if i == 0 {
+                for (x, mixed) in body.iter_mut().zip(mixed.iter()) {
+                    *x += mixed;
+                }
+            }
             relu_norm(body, &layer.bias, &layer.norm);
             if i > 0 {
                 for (x, residual) in body.iter_mut().zip(&input[PAD * MID..]) {
@@ -281,8 +325,16 @@ impl Network {
         }
         // Largest value and mean over time of every channel, interleaved as TensorFlow's flatten leaves them.
         let mut pooled = Vec::with_capacity(POOLED);
-        for (features, channels) in [(&front[..], FRONT), (&mid[0], MID), (&mid[1], MID), (&mid[2], MID)] {
-            let body = &features[PAD * channels..(PAD + N_FRAMES) * channels];
+        let [a, b, c] = mid;
+        for (padded, features, channels) in [
+            (false, timbral, TIMBRAL),
+            (true, temporal, TEMPORAL),
+            (true, a, MID),
+            (true, b, MID),
+            (true, c, MID),
+        ] {
+            let body =
+                if padded { &features[PAD * channels..(PAD + N_FRAMES) * channels] } else { &features[..] };
             let (mut largest, mut sum) = (vec![f32::NEG_INFINITY; channels], vec![0.0f64; channels]);
             for row in body.chunks(channels) {
                 for ((x, largest), sum) in row.iter().zip(&mut largest).zip(&mut sum) {
@@ -306,11 +358,31 @@ impl Network {
     }
 }
 
-/// Padded features of one window.
+/// Features of one window.
 #[derive(Default)]
 struct Scratch {
-    front: Vec<f32>,
+    /// `[187, 408]`
+    timbral: Vec<f32>,
+    /// `[3 + 187 + 3, 153]`, zeros around.
+    temporal: Vec<f32>,
+    /// `[187, 64]`: see [`Network::mix_timbral`].
+    mixed: Vec<f32>,
+    /// `[3 + 187 + 3, 64]` each, zeros around.
     mid: [Vec<f32>; 3],
+}
+
+impl Scratch {
+    fn clear(&mut self) {
+        self.timbral.clear();
+        self.mixed.clear();
+        self.temporal.clear();
+        self.temporal.resize((N_FRAMES + 2 * PAD) * TEMPORAL, 0.0);
+    }
+}
+
+/// Row `i` of a matrix.
+fn row_of(matrix: &[f32], width: usize, i: usize) -> &[f32] {
+    &matrix[i * width..(i + 1) * width]
 }
 
 impl Dense {
@@ -441,7 +513,7 @@ impl Network {
     /// Both kinds of timbral features of the given rows: `[rows, 2 * 204]`.
     fn timbral(&self, x: &[f32], rows: &Rows) -> Vec<f32> {
         const TAPS: usize = TIMBRAL_FRAMES;
-        let width = 2 * TIMBRAL_CHANNELS;
+        let width = TIMBRAL;
         let spectra: Vec<[[f32; 2]; BINS]> = x.chunks(N_MELS).map(|frame| self.fft.forward(frame)).collect();
         let mut out = vec![0.0; rows.rows.len() * width];
         let mut packed = vec![[[0.0f32; 2]; TILE_ROWS]; BLOCK_ROWS / TILE_ROWS * BINS * TAPS];
@@ -514,19 +586,23 @@ fn multiply(inputs: &[[[f32; 2]; TILE_ROWS]], weights: &[Complex], out: &mut [[C
     }
 }
 
-/// Channels and groups of eight bands computed at once: 12 accumulators.
-const TILE_CHANNELS: usize = 3;
-const TILE_BANDS: usize = 4;
+/// Channels and groups of eight bands computed at once: 12 accumulators, 3 inputs and a weight make 16 registers.
+const TILE_CHANNELS: usize = 4;
+const TILE_BANDS: usize = 3;
 type Tile = [[Lanes; TILE_BANDS]; TILE_CHANNELS];
 
 impl Temporal {
     fn new(n_taps: usize, kernel: &[f32], pooled: PooledNorm) -> Self {
-        let mut taps = Vec::with_capacity(TEMPORAL_CHANNELS / TILE_CHANNELS * n_taps);
-        for group in 0..TEMPORAL_CHANNELS / TILE_CHANNELS {
+        let mut taps = Vec::new();
+        for group in 0..TEMPORAL_CHANNELS.div_ceil(TILE_CHANNELS) {
             for tap in 0..n_taps {
                 taps.push(std::array::from_fn(|i| {
                     let channel = group * TILE_CHANNELS + i;
-                    kernel[tap * TEMPORAL_CHANNELS + channel] * pooled.sign[channel]
+                    if channel < TEMPORAL_CHANNELS {
+                        kernel[tap * TEMPORAL_CHANNELS + channel] * pooled.sign[channel]
+                    } else {
+                        0.0
+                    }
                 }));
             }
         }
@@ -595,10 +671,10 @@ impl Temporal {
                     }
                 }
                 for (largest, &row) in largest.iter().zip(wanted) {
-                    for (i, largest) in largest.iter().enumerate() {
-                        let channel = group * TILE_CHANNELS + i;
-                        out[row * TEMPORAL_CHANNELS + channel] =
-                            self.pooled.apply(channel, largest.max_lane());
+                    let first = group * TILE_CHANNELS;
+                    for channel in first..TEMPORAL_CHANNELS.min(first + TILE_CHANNELS) {
+                        let largest = largest[channel - first].max_lane();
+                        out[row * TEMPORAL_CHANNELS + channel] = self.pooled.apply(channel, largest);
                     }
                 }
             }
