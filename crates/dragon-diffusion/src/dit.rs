@@ -295,7 +295,8 @@ impl Dit {
             .to_dtype(states.dtype())?;
         // Encoders differ in the scale of their states; padding may hold anything finite.
         let tokens = self.text_in.forward(&dragon_nn::rms_norm(states, None, NORM_EPS)?)?; // [B, L, width]
-        let null = self.null_text.reshape((1, 1, self.cfg.width))?.broadcast_as((batch, 1, self.cfg.width))?;
+        let null =
+            self.null_text.reshape((1, 1, self.cfg.width))?.broadcast_as((batch, 1, self.cfg.width))?;
         let tokens = Tensor::cat(&[null.contiguous()?, tokens], 1)?; // [B, 1 + L, width]
         self.context_of(&tokens, Some(bias), n_frames)
     }
@@ -495,7 +496,8 @@ mod tests {
             assert_close(&denoised, &golden.get("denoised"), Tol::MODEL);
 
             let c_in: Vec<f32> = sigmas.iter().map(|&s| model.edm.precondition(s).c_in as f32).collect();
-            let c_noise = Tensor::new(sigmas.iter().map(|s| (s.ln() / 4.0) as f32).collect::<Vec<_>>(), &CPU)?;
+            let c_noise =
+                Tensor::new(sigmas.iter().map(|s| (s.ln() / 4.0) as f32).collect::<Vec<_>>(), &CPU)?;
             let x = golden.get("x").broadcast_mul(&Tensor::from_vec(c_in, (3, 1, 1), &CPU)?)?;
             assert_close(&model.dit.forward(&x, &c_noise, &cond, None)?, &golden.get("raw"), Tol::MODEL);
             let dropped = model.dit.forward(&x, &c_noise, &cond, Some(&[true; 3]))?;

@@ -243,8 +243,8 @@ mod tests {
             let input_var = c.c_in * c.c_in * (edm.sigma_data.powi(2) + sigma * sigma);
             assert!((input_var - 1.0).abs() < 1e-12);
             // The network's target (x0 - c_skip * x) / c_out has unit variance too (EDM, eq. 114 to 131).
-            let target_var =
-                ((1.0 - c.c_skip).powi(2) * edm.sigma_data.powi(2) + (c.c_skip * sigma).powi(2)) / c.c_out.powi(2);
+            let target_var = ((1.0 - c.c_skip).powi(2) * edm.sigma_data.powi(2) + (c.c_skip * sigma).powi(2))
+                / c.c_out.powi(2);
             assert!((target_var - 1.0).abs() < 1e-12);
             let weight = Weighting::Edm.at(&edm, sigma).unwrap();
             assert!((weight * c.c_out * c.c_out - 1.0).abs() < 1e-12);
@@ -285,7 +285,8 @@ mod tests {
 
     #[test]
     fn normal_quantile_meets_tabulated_values() {
-        for (p, z) in [(0.5, 0.0), (0.975, 1.959963984540054), (0.001, -3.090232306167813), (0.2, -0.8416212335729143)]
+        for (p, z) in
+            [(0.5, 0.0), (0.975, 1.959963984540054), (0.001, -3.090232306167813), (0.2, -0.8416212335729143)]
         {
             assert!((normal_quantile(p) - z).abs() < 1e-8, "{p}");
         }

@@ -44,7 +44,12 @@ impl Rotary {
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         let (_, frames, _, head_dim) = x.dims4()?;
         if frames > self.n_frames || 2 * self.half > head_dim {
-            bail!("rotary angles for {} frames, {} channels: found {:?}", self.n_frames, 2 * self.half, x.dims());
+            bail!(
+                "rotary angles for {} frames, {} channels: found {:?}",
+                self.n_frames,
+                2 * self.half,
+                x.dims()
+            );
         }
         if self.half == 0 {
             return Ok(x.clone());
@@ -255,7 +260,8 @@ pub fn noise_features(c_noise: &Tensor, n_features: usize) -> Result<Tensor> {
     let half = n_features / 2;
     let frequencies: Vec<f32> =
         (0..half).map(|i| HIGHEST.powf(i as f64 / (half - 1) as f64) as f32).collect();
-    let frequencies = Tensor::from_vec(frequencies, (1, half), c_noise.device())?.to_dtype(c_noise.dtype())?;
+    let frequencies =
+        Tensor::from_vec(frequencies, (1, half), c_noise.device())?.to_dtype(c_noise.dtype())?;
     let angles = c_noise.unsqueeze(1)?.broadcast_mul(&frequencies)?; // [B, half]
     Tensor::cat(&[angles.cos()?, angles.sin()?], D::Minus1)
 }

@@ -25,7 +25,11 @@ pub struct SamplerConfig {
 impl Default for SamplerConfig {
     /// DPM-Solver++(2M), 40 steps, CFG++ with scale 0.6 at noise levels between 0.1 and 10 (paper values of scale and interval unknown).
     fn default() -> Self {
-        Self { solver: Solver::Dpmpp2m, n_steps: 40, guidance: Guidance::cfg_plus_plus(0.6).within(0.1, 10.0) }
+        Self {
+            solver: Solver::Dpmpp2m,
+            n_steps: 40,
+            guidance: Guidance::cfg_plus_plus(0.6).within(0.1, 10.0),
+        }
     }
 }
 
@@ -97,7 +101,13 @@ pub fn sample_in_batches(
                 sigma: progress.sigma,
             })
         };
-        match sample_with(model, &cond.narrow(start, len)?, &noise.narrow(0, start, len)?, cfg, &mut on_batch_step)? {
+        match sample_with(
+            model,
+            &cond.narrow(start, len)?,
+            &noise.narrow(0, start, len)?,
+            cfg,
+            &mut on_batch_step,
+        )? {
             Some(batch) => latents.push(batch),
             None => return Ok(None),
         }
@@ -135,7 +145,8 @@ mod tests {
     use dragon_nn::Params;
     use dragon_testkit::{Tol, assert_close};
 
-    const PROMPTS: [(&str, u64); 5] = [("a slow air", 0), ("a slow air", 1), ("a jig", 0), ("", 0), ("a reel", 7)];
+    const PROMPTS: [(&str, u64); 5] =
+        [("a slow air", 0), ("a slow air", 1), ("a jig", 0), ("", 0), ("a reel", 7)];
 
     /// A model whose zero initialisations are replaced by noise, texts of several lengths, the prompts' noise.
     fn setup(cfg: &Config, n_frames: usize) -> (Model, TextCond, Tensor) {
@@ -173,7 +184,8 @@ mod tests {
             assert_eq!((progress.step_idx, progress.n_steps), (n_calls, 12));
             ControlFlow::Continue(())
         };
-        let chunked = sample_in_batches(&model, &cond, &noise, &settings, 2, &mut on_step)?.expect("not stopped");
+        let chunked =
+            sample_in_batches(&model, &cond, &noise, &settings, 2, &mut on_step)?.expect("not stopped");
         assert_close(&chunked, &together, Tol::EXACT);
         assert_eq!(n_calls, 12);
         Ok(())
@@ -184,7 +196,9 @@ mod tests {
         let (model, cond, noise) = setup(&Config::tiny(), 10);
         let mut seen: Vec<Vec<f32>> = Vec::new();
         for solver in [Solver::Dpmpp2m, Solver::Dpmpp2s, Solver::Heun] {
-            for guidance in [Guidance::none(), Guidance::cfg(3.0), Guidance::cfg_plus_plus(0.6).within(0.1, 10.0)] {
+            for guidance in
+                [Guidance::none(), Guidance::cfg(3.0), Guidance::cfg_plus_plus(0.6).within(0.1, 10.0)]
+            {
                 let cfg = SamplerConfig { solver, n_steps: 6, guidance };
                 let latents = sample(&model, &cond, &noise, &cfg)?;
                 assert_eq!(latents.dims(), noise.dims());
@@ -199,7 +213,9 @@ mod tests {
 
     #[test]
     fn noise_belongs_to_prompt_and_seed() -> Result<()> {
-        let noise = |prompt: &str, seed| -> Result<Vec<f32>> { prompt_noise(prompt, seed, 32, 80)?.flatten_all()?.to_vec1() };
+        let noise = |prompt: &str, seed| -> Result<Vec<f32>> {
+            prompt_noise(prompt, seed, 32, 80)?.flatten_all()?.to_vec1()
+        };
         let first = noise("a slow air", 0)?;
         assert_eq!(first, noise("a slow air", 0)?);
         assert_ne!(first, noise("a slow air", 1)?);

@@ -162,8 +162,7 @@ pub fn heun(
         let euler = (&x + (&slope * (sigma_next - sigma))?)?;
         let shift = first.shift()?;
         let next = if sigma_next > 0.0 {
-            let slope_next =
-                ((&euler - model.estimate(&euler, sigma_next)?.anchor())? / sigma_next)?;
+            let slope_next = ((&euler - model.estimate(&euler, sigma_next)?.anchor())? / sigma_next)?;
             (&x + ((slope + slope_next)? * (0.5 * (sigma_next - sigma)))?)?
         } else {
             euler

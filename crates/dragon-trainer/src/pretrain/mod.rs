@@ -3,6 +3,8 @@
 //! A [`Task`] does one step at a time; [`run`] owns everything around it: the run folder, checkpoints and exact resume,
 //! validation, logs, stopping. Fine-tuning is a task too ([`crate::finetune`]).
 
+pub mod dit;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
