@@ -1,17 +1,24 @@
 //! Training and measuring: the losses, the DRAGON loop, pre-training, evaluation and reports.
 //!
-//! Read in this order: [`losses`] (what is learned from D+ and D-), [`pretrain`] (the [`pretrain::Task`] trait and the loop all trainings share),
-//! then [`run`] and [`checkpoint`] (run folders, exact resume) and [`tensorboard`].
+//! Read in this order: [`finetune`] (the DRAGON loop), [`losses`] (what it learns from D+ and D-), [`rollout`] and
+//! [`embedder`] (from prompts to what a reward sees), [`bundle`] (model folders); [`pretrain`] (the
+//! [`pretrain::Task`] trait and the loop all trainings share), [`run`] and [`checkpoint`] (run folders, exact resume),
+//! [`tensorboard`]; [`embed`] and [`report`].
 
 pub mod bundle;
 pub mod checkpoint;
+pub mod device;
 pub mod embed;
+pub mod embedder;
 pub mod error;
+pub mod finetune;
 pub mod losses;
 pub mod pretrain;
 pub mod report;
+pub mod rollout;
 pub mod run;
 pub mod tensorboard;
 
+pub use device::device;
 pub use error::{Error, Result};
 pub use run::{Progress, RunContext};

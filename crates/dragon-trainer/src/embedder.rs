@@ -1,0 +1,352 @@
+//! From generations to what a reward sees: named encoders and settings, resolved and loaded once.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use candle_core::{Device, Tensor};
+use dragon_encoders::clap::ClapEncoder;
+use dragon_encoders::musicnn::Musicnn;
+use dragon_encoders::settings::latent_rows;
+use dragon_encoders::{AudioEncoder, Embeddings, TextEncoder};
+pub use dragon_encoders::{Setting, Tail};
+use dragon_metrics::{FrechetReference, GaussianStats, Rows};
+use dragon_rewards::{Exemplars, RewardConfig, RewardSet, Song, Source, View};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use crate::bundle::Bundle;
+use crate::embed;
+use crate::error::{Error, Result};
+use crate::run::RunContext;
+
+/// An encoder that rewards and metrics may name.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum EncoderConfig {
+    /// musicnn, a music tagger; 200 dimensions, windows of 3 s at 16 kHz.
+    Musicnn {
+        /// Its weights, a safetensors file.
+        weights: PathBuf,
+    },
+    /// A CLAP, the only encoder with a text branch.
+    Clap {
+        /// Folder with `config.json`, `model.safetensors` and `tokenizer.json`.
+        dir: PathBuf,
+    },
+    /// The model folder's own VAE: each latent frame is an embedding. Goes with a setting of kind `vae`.
+    Vae,
+}
+
+/// The encoders and settings that rewards and metrics name.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EmbedConfig {
+    /// Encoders by name.
+    pub encoders: BTreeMap<String, EncoderConfig>,
+    /// How a song becomes embeddings, by name (paper B.2, C.2).
+    pub settings: BTreeMap<String, Setting>,
+}
+
+impl EmbedConfig {
+    /// Checks that what the rewards name exists and goes together.
+    ///
+    /// # Errors
+    /// If a name is unknown, an encoder and a setting do not fit, or a text branch is missing where one is needed.
+    pub fn check<'a>(&self, rewards: impl IntoIterator<Item = &'a RewardConfig>) -> Result<()> {
+        for reward in rewards {
+            reward.validate().map_err(Error::input("the reward makes no sense"))?;
+            for source in reward.sources() {
+                let encoder = self.encoders.get(&source.encoder).ok_or_else(|| {
+                    Error::config("encoder", format!("one of {}", names(&self.encoders)), &source.encoder)
+                })?;
+                let setting = self.settings.get(&source.setting).ok_or_else(|| {
+                    Error::config("setting", format!("one of {}", names(&self.settings)), &source.setting)
+                })?;
+                let latents = matches!(encoder, EncoderConfig::Vae);
+                if latents != matches!(setting, Setting::Vae { .. }) {
+                    return Err(Error::config(
+                        "setting",
+                        if latents { "a setting of kind `vae` for the encoder `vae`" } else { "a setting of kind `ma` or `fadtk`" },
+                        format!("`{}` with encoder `{}`", source.setting, source.encoder),
+                    ));
+                }
+                if reward.needs_text(&source) && !matches!(encoder, EncoderConfig::Clap { .. }) {
+                    return Err(Error::config("encoder", "an encoder of kind `clap`, which reads text", &source.encoder));
+                }
+            }
+            for (_, exemplars) in reward.references() {
+                let (Exemplars::Audio { path } | Exemplars::Texts { path } | Exemplars::Statistics { path, .. }) = &exemplars;
+                if !path.exists() {
+                    return Err(Error::io("read", path)(std::io::ErrorKind::NotFound.into()));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn names<T>(map: &BTreeMap<String, T>) -> String {
+    if map.is_empty() {
+        return "none: the table is empty".to_owned();
+    }
+    map.keys().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", ")
+}
+
+/// A loaded encoder.
+pub enum Encoder {
+    /// Reads audio.
+    Audio(Box<dyn AudioEncoder>),
+    /// Reads audio and text.
+    Clap(Box<ClapEncoder>),
+    /// The latents of the model folder's VAE.
+    Vae,
+}
+
+impl Encoder {
+    fn load(cfg: &EncoderConfig, device: &Device) -> Result<Self> {
+        Ok(match cfg {
+            EncoderConfig::Musicnn { weights } => {
+                Encoder::Audio(Box::new(Musicnn::load(weights).map_err(Error::input("cannot load musicnn"))?))
+            }
+            EncoderConfig::Clap { dir } => {
+                Encoder::Clap(Box::new(ClapEncoder::load(dir, device).map_err(Error::input("cannot load CLAP"))?))
+            }
+            EncoderConfig::Vae => Encoder::Vae,
+        })
+    }
+
+    fn audio(&self) -> Option<&dyn AudioEncoder> {
+        match self {
+            Encoder::Audio(encoder) => Some(encoder.as_ref()),
+            Encoder::Clap(encoder) => Some(encoder.as_ref()),
+            Encoder::Vae => None,
+        }
+    }
+}
+
+/// Loads one encoder of audio.
+///
+/// # Errors
+/// If a file is missing or broken, or the encoder is the VAE, which belongs to a model folder.
+pub fn load_audio_encoder(cfg: &EncoderConfig, device: &Device) -> Result<Box<dyn AudioEncoder>> {
+    match Encoder::load(cfg, device)? {
+        Encoder::Audio(encoder) => Ok(encoder),
+        Encoder::Clap(encoder) => Ok(encoder),
+        Encoder::Vae => Err(Error::config("encoder", "an encoder of audio", "`vae`")),
+    }
+}
+
+/// Loaded encoders and settings, by name.
+pub struct Embedder {
+    /// Encoders.
+    pub encoders: BTreeMap<String, Encoder>,
+    /// Settings.
+    pub settings: BTreeMap<String, Setting>,
+}
+
+impl Embedder {
+    /// Loads the encoders that `sources` name; call [`EmbedConfig::check`] before.
+    ///
+    /// # Errors
+    /// If a file is missing or broken.
+    pub fn load(cfg: &EmbedConfig, sources: &[Source], device: &Device) -> Result<Self> {
+        let mut encoders = BTreeMap::new();
+        for source in sources {
+            let Some(encoder) = cfg.encoders.get(&source.encoder) else {
+                return Err(Error::config("encoder", format!("one of {}", names(&cfg.encoders)), &source.encoder));
+            };
+            if encoders.contains_key(&source.encoder) {
+                continue;
+            }
+            let loaded = Encoder::load(encoder, device)?;
+            encoders.insert(source.encoder.clone(), loaded);
+        }
+        Ok(Self { encoders, settings: cfg.settings.clone() })
+    }
+
+    fn resolve(&self, source: &Source) -> Result<(&Encoder, &Setting)> {
+        let encoder = self.encoders.get(&source.encoder);
+        let setting = self.settings.get(&source.setting);
+        encoder
+            .zip(setting)
+            .ok_or_else(|| Error::Bug(format!("{}/{} was not loaded", source.encoder, source.setting)))
+    }
+
+    /// What the rewards see of a batch of generations: one view a source, with the prompt's text embedding for encoders
+    /// that read text.
+    ///
+    /// # Errors
+    /// If a clip is too short or not finite for an encoder.
+    pub fn songs(
+        &self,
+        sources: &[Source],
+        bundle: &Bundle,
+        latents: &Tensor,
+        clips: &[Vec<f32>],
+        captions: &[&str],
+    ) -> Result<Vec<Song>> {
+        let mut songs: Vec<Song> = clips.iter().map(|_| Song { views: Vec::new() }).collect();
+        for source in sources {
+            let (encoder, setting) = self.resolve(source)?;
+            let rows = match (encoder, setting) {
+                (Encoder::Vae, Setting::Vae { latent_direct: true }) => {
+                    latent_rows(latents).map_err(Error::input("cannot embed latents"))?
+                }
+                (Encoder::Vae, _) => {
+                    let views: Vec<&[f32]> = clips.iter().map(Vec::as_slice).collect();
+                    latent_rows(&bundle.encode(&views)?).map_err(Error::input("cannot embed latents"))?
+                }
+                (encoder, setting) => {
+                    let encoder = encoder.audio().ok_or_else(|| Error::Bug("encoder without audio".into()))?;
+                    embed_clips(encoder, setting, clips, bundle.sample_rate_hz(), captions)?
+                }
+            };
+            let texts = match encoder {
+                Encoder::Clap(clap) => Some(text_rows(clap, captions)?),
+                _ => None,
+            };
+            for (i, (song, rows)) in songs.iter_mut().zip(rows).enumerate() {
+                let embeddings = embed::rows(&rows).map_err(Error::input(format!("embedding of {:?}", captions[i])))?;
+                let text = texts.as_ref().map(|t| t.row(i).iter().map(|&x| f64::from(x)).collect());
+                song.views.push(View { embeddings, text });
+            }
+        }
+        Ok(songs)
+    }
+
+    /// The reference statistics of exemplars that are no statistics file: embeds the audio or the texts.
+    ///
+    /// # Errors
+    /// If a file cannot be read or embedded, or there are too few.
+    pub fn reference(
+        &self,
+        source: &Source,
+        exemplars: &Exemplars,
+        bundle: &Bundle,
+        ctx: &RunContext,
+    ) -> Result<FrechetReference> {
+        let (encoder, setting) = self.resolve(source)?;
+        let rows: Vec<Rows> = match exemplars {
+            Exemplars::Audio { path } => {
+                let files = embed::audio_files(path)?;
+                match encoder.audio() {
+                    Some(encoder) => embed::embed_files(encoder, setting, &files, ctx)?.into_iter().map(|s| s.rows).collect(),
+                    None => files.iter().map(|file| self.latents_of(file, bundle)).collect::<Result<_>>()?,
+                }
+            }
+            Exemplars::Texts { path } => {
+                let Encoder::Clap(clap) = encoder else {
+                    return Err(Error::config("encoder", "an encoder of kind `clap`, which reads text", &source.encoder));
+                };
+                let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+                let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+                vec![embed::rows(&text_rows(clap, &lines)?).map_err(Error::input("cannot embed texts"))?]
+            }
+            Exemplars::Statistics { .. } => return Err(Error::Bug("statistics need no embedding".into())),
+        };
+        let all: Vec<&Rows> = rows.iter().collect();
+        let stats = Rows::concat(&all).and_then(|rows| GaussianStats::fit(&rows));
+        stats
+            .and_then(|stats| FrechetReference::new(&stats))
+            .map_err(Error::input("cannot make reference statistics"))
+    }
+
+    fn latents_of(&self, file: &std::path::Path, bundle: &Bundle) -> Result<Rows> {
+        let clip = dragon_audio::read_mono(file, bundle.sample_rate_hz()).map_err(Error::input("cannot embed"))?;
+        let hop = bundle.vae.config().hop();
+        let whole = clip.samples.len() / hop * hop;
+        if whole == 0 {
+            return Err(Error::Data {
+                problem: format!("`{}` has {} samples, less than a latent frame of {hop}", file.display(), clip.samples.len()),
+                hint: "remove it from the exemplars".into(),
+            });
+        }
+        let latents = bundle.encode(&[&clip.samples[..whole]])?;
+        let rows = latent_rows(&latents).map_err(Error::input("cannot embed latents"))?;
+        embed::rows(&rows[0]).map_err(Error::input(format!("cannot embed `{}`", file.display())))
+    }
+
+    /// Builds a reward, making the reference statistics it needs.
+    ///
+    /// # Errors
+    /// If the config has no meaning or a reference cannot be made.
+    pub fn reward(&self, cfg: &RewardConfig, bundle: &Bundle, ctx: &RunContext) -> Result<RewardSet> {
+        RewardSet::build(cfg, |source, exemplars| self.reference(source, exemplars, bundle, ctx))
+            .map_err(Error::input("cannot build the reward"))
+    }
+}
+
+/// Embeds clips in parallel, in order.
+fn embed_clips(
+    encoder: &dyn AudioEncoder,
+    setting: &Setting,
+    clips: &[Vec<f32>],
+    sample_rate_hz: u32,
+    captions: &[&str],
+) -> Result<Vec<Embeddings>> {
+    let one = |(i, clip): (usize, &Vec<f32>)| -> Result<Embeddings> {
+        let context = || format!("cannot embed the generation for {:?}", captions[i]);
+        let resampled;
+        let samples = if encoder.sample_rate_hz() == sample_rate_hz {
+            clip
+        } else {
+            resampled = dragon_audio::resample(clip, sample_rate_hz, encoder.sample_rate_hz())
+                .map_err(Error::input(context()))?;
+            &resampled
+        };
+        encoder.embed_clip(samples, setting).map_err(Error::input(context()))
+    };
+    let all: Vec<Result<Embeddings>> = clips.par_iter().enumerate().map(one).collect();
+    all.into_iter().collect()
+}
+
+fn text_rows(clap: &ClapEncoder, texts: &[&str]) -> Result<Embeddings> {
+    clap.embed_texts(texts).map_err(Error::input("cannot embed a text"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> EmbedConfig {
+        toml::from_str(
+            r#"
+            [encoders.vae]
+            kind = "vae"
+            [encoders.ears]
+            kind = "musicnn"
+            weights = "musicnn.safetensors"
+            [settings.ma]
+            kind = "ma"
+            n_windows = 8
+            whole = true
+            [settings.frames]
+            kind = "vae"
+            latent_direct = true
+            "#,
+        )
+        .unwrap()
+    }
+
+    fn vendi(encoder: &str, setting: &str) -> RewardConfig {
+        toml::from_str(&format!("kind='vendi'\nencoder='{encoder}'\nsetting='{setting}'\npooling='song_mean'")).unwrap()
+    }
+
+    #[test]
+    fn names_that_do_not_exist_or_fit_are_reported_with_the_known_ones() {
+        let cfg = config();
+        cfg.check(&[vendi("ears", "ma"), vendi("vae", "frames")]).unwrap();
+        for (reward, part) in [
+            (vendi("musicnn", "ma"), "one of `ears`, `vae`, found musicnn"),
+            (vendi("ears", "fadtk"), "one of `frames`, `ma`, found fadtk"),
+            (vendi("ears", "frames"), "a setting of kind `ma` or `fadtk`"),
+            (vendi("vae", "ma"), "a setting of kind `vae`"),
+        ] {
+            let text = cfg.check(&[reward]).unwrap_err().to_string();
+            assert!(text.contains(part), "{text}");
+        }
+        let clap: RewardConfig =
+            toml::from_str("kind='clap_score'\nencoder='ears'\nsetting='ma'\nclip='before_mean'").unwrap();
+        assert!(cfg.check(&[clap]).unwrap_err().to_string().contains("which reads text"));
+    }
+}

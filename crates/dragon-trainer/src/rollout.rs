@@ -1,0 +1,96 @@
+//! Generations: prompts and noise to latents, audio and what rewards see. Shared by fine-tuning, evaluation and
+//! `generate`.
+
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+use std::sync::Mutex;
+
+use candle_core::Tensor;
+use dragon_diffusion::{Model, SamplerConfig, TextCond, prompts_noise, sample_in_batches};
+
+use crate::bundle::Bundle;
+use crate::error::{Error, Result};
+use crate::run::RunContext;
+
+/// Text states of prompts, encoded once each. A prompt's states do not depend on what it is encoded with.
+#[derive(Default)]
+pub struct TextCache(Mutex<HashMap<String, (Tensor, Tensor)>>);
+
+impl TextCache {
+    /// States and mask of the prompts, `[B, L, text_dim]` and `[B, L]`.
+    ///
+    /// # Errors
+    /// If a prompt is empty.
+    pub fn get(&self, bundle: &Bundle, prompts: &[&str]) -> Result<TextCond> {
+        let mut known = self.0.lock().unwrap_or_else(|err| err.into_inner());
+        let mut missing: Vec<&str> = prompts.iter().copied().filter(|p| !known.contains_key(*p)).collect();
+        missing.sort_unstable();
+        missing.dedup();
+        if !missing.is_empty() {
+            let cond = bundle.text.encode(&missing)?;
+            for (i, prompt) in missing.iter().enumerate() {
+                // Copies: a view would keep the whole batch alive.
+                let row = (cond.states.narrow(0, i, 1)?.copy()?, cond.mask.narrow(0, i, 1)?.copy()?);
+                known.insert((*prompt).to_owned(), row);
+            }
+        }
+        let states: Vec<&Tensor> = prompts.iter().map(|p| &known[*p].0).collect();
+        let masks: Vec<&Tensor> = prompts.iter().map(|p| &known[*p].1).collect();
+        Ok(TextCond { states: Tensor::cat(&states, 0)?, mask: Tensor::cat(&masks, 0)? })
+    }
+}
+
+/// Standard normal noise for each `(key, seed)`, `[B, C, T]`; the same for every model, machine and batch.
+///
+/// # Errors
+/// If there is no key.
+pub fn noise(bundle: &Bundle, keys: &[(&str, u64)]) -> Result<Tensor> {
+    let (_, channels, frames) = bundle.latent_shape(1);
+    Ok(prompts_noise(keys, channels, frames)?.to_device(&bundle.device)?)
+}
+
+/// Samples latents `[B, C, T]`, at most `batch` at a time; `None` if `ctx.stop` was set meanwhile. A row does not
+/// depend on its batch.
+///
+/// # Errors
+/// If the sampler's settings are out of range, or the model gives latents that are not finite.
+pub fn latents(
+    model: &Model,
+    cond: &TextCond,
+    noise: &Tensor,
+    sampler: &SamplerConfig,
+    batch: usize,
+    ctx: &RunContext,
+    prompts: &[&str],
+) -> Result<Option<Tensor>> {
+    let mut on_step = |_| if ctx.stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+    let Some(latents) = sample_in_batches(model, cond, noise, sampler, batch, &mut on_step)? else {
+        return Ok(None);
+    };
+    let sums = latents.abs()?.flatten_from(1)?.sum(1)?.to_vec1::<f32>()?; // [B]
+    if let Some(i) = sums.iter().position(|sum| !sum.is_finite()) {
+        return Err(Error::NotFinite {
+            what: "a generation's latents".to_owned(),
+            value: f64::from(sums[i]),
+            step: 0,
+            sigma: None,
+            prompt: prompts.get(i).map(|p| (*p).to_owned()),
+            checkpoint: None,
+        });
+    }
+    Ok(Some(latents))
+}
+
+/// Mean level in dBFS and mean spectral centroid in Hz of clips: not part of any reward, they show when one is hacked.
+pub fn monitors(clips: &[Vec<f32>], sample_rate_hz: u32) -> (f64, f64) {
+    use rayon::prelude::*;
+    let each: Vec<(f64, f64)> = clips
+        .par_iter()
+        .map(|clip| {
+            // Silence has no level; -120 dB keeps the mean a number.
+            (dragon_audio::rms_dbfs(clip).max(-120.0), dragon_audio::spectral_centroid_hz(clip, sample_rate_hz))
+        })
+        .collect();
+    let n = each.len().max(1) as f64;
+    (each.iter().map(|e| e.0).sum::<f64>() / n, each.iter().map(|e| e.1).sum::<f64>() / n)
+}
