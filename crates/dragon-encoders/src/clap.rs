@@ -210,7 +210,7 @@ pub enum Error {
     #[error(transparent)]
     Tokenizer(#[from] tokenizer::Error),
     /// The tokenizer has more entries than the text branch has rows.
-    #[error("CLAP folder `{}`: tokenizer.json has {found} entries, config.json says vocab_size {expected}", path.display())]
+    #[error("CLAP `{}`: the tokenizer has {found} entries, the config says vocab_size {expected}", path.display())]
     Vocabulary {
         /// The folder.
         path: PathBuf,
@@ -255,11 +255,23 @@ impl ClapEncoder {
         seed: u64,
         device: &Device,
     ) -> std::result::Result<Self, Error> {
+        Self::with_params(config, tokenizer, Params::new(seed), device)
+    }
+
+    /// A model on variables that exist already (those of a moving average, say); missing ones are made.
+    ///
+    /// # Errors
+    /// As [`Self::new`], or if a variable has another shape.
+    pub fn with_params(
+        config: &Config,
+        tokenizer: Tokenizer,
+        params: Params,
+        device: &Device,
+    ) -> std::result::Result<Self, Error> {
         let (expected, found) = (config.text.vocab_size, tokenizer.vocab_size());
         if found > expected {
             return Err(Error::Vocabulary { path: PathBuf::new(), expected, found });
         }
-        let params = Params::new(seed);
         let model = Clap::new(config, params.builder(DType::F32, device))?;
         let (log_mel, id) = (LogMel::new(&config.audio)?, "clap-new".to_string());
         Ok(Self { model, params, tokenizer, log_mel, device: device.clone(), id })
@@ -312,6 +324,11 @@ impl ClapEncoder {
         self.tokenizer.save(folder.join("tokenizer.json"))?;
         self.params.save(folder.join("model.safetensors"), DType::F32)?;
         Ok(())
+    }
+
+    /// The front end.
+    pub fn front_end(&self) -> &LogMel {
+        &self.log_mel
     }
 
     /// Log-mel spectrograms of clips of exactly `clip_samples` samples: `[B, n_frames, mel_bins]`.

@@ -170,23 +170,19 @@ impl Tokenizer {
         Ok(Self { inner, pad_id })
     }
 
-    /// Writes `tokenizer.json` (to a temporary file first, then renamed).
+    /// Writes `tokenizer.json`, whole or not at all.
     ///
     /// # Errors
     /// If the folder is missing, read-only or full.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<(), Error> {
         let path = path.as_ref();
         let fail = |reason: String| Error::Write { path: path.into(), reason };
-        let json = self.inner.to_string(true).map_err(|e| fail(e.to_string()))?;
-        let part = path.with_extension("json.tmp");
-        let write = || -> std::io::Result<()> {
-            use std::io::Write;
-            let mut file = std::fs::File::create(&part)?;
-            file.write_all(json.as_bytes())?;
-            file.sync_all()?;
-            std::fs::rename(&part, path)
-        };
-        write().map_err(|e| fail(e.to_string()))
+        dragon_nn::write_atomically(path, self.to_json().as_bytes()).map_err(|e| fail(e.to_string()))
+    }
+
+    /// The content of `tokenizer.json`.
+    pub fn to_json(&self) -> String {
+        self.inner.to_string(true).expect("a tokenizer that was read or trained can be written")
     }
 
     /// Entries of the vocabulary, special tokens included: the smallest `vocab_size` a model may have.

@@ -488,7 +488,7 @@ mod tests {
             let samples = (0..6000).map(|t| 0.3 * (std::f32::consts::TAU * hz * t as f32 / 8000.0).sin()).collect();
             let path = format!("{i:03}.wav");
             let clip = dragon_audio::Clip { samples, sample_rate_hz: 8000 };
-            dragon_audio::write_wav(&dir.join(&path), &clip.into(), dragon_audio::SampleFormat::Int16).unwrap();
+            dragon_audio::write_wav(&dir.join(&path), &clip, dragon_audio::SampleFormat::Int16).unwrap();
             let split = if i / 2 < 50 { Split::Train } else { Split::Valid };
             entries.push(Entry {
                 id: format!("{i}"),

@@ -3,6 +3,7 @@
 //! A [`Task`] does one step at a time; [`run`] owns everything around it: the run folder, checkpoints and exact resume,
 //! validation, logs, stopping. Fine-tuning is a task too ([`crate::finetune`]).
 
+pub mod clap;
 pub mod dit;
 
 use std::collections::BTreeMap;
