@@ -238,7 +238,10 @@ impl AudioEncoder for Musicnn {
     }
 
     fn embed_clips(&self, clips: &[&[f32]], setting: &Setting) -> Result<Vec<Embeddings>> {
-        clips.par_iter().map(|samples| self.embed_clip(samples, setting)).collect()
+        // In two steps, so that of several errors the first is reported, not the fastest.
+        let results: Vec<Result<Embeddings>> =
+            clips.par_iter().map(|samples| self.embed_clip(samples, setting)).collect();
+        results.into_iter().collect()
     }
 }
 

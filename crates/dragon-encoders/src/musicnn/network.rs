@@ -37,6 +37,8 @@ const MID: usize = 64;
 const MID_FRAMES: usize = 7;
 /// Zeros before and after a window in the middle layers.
 const PAD: usize = MID_FRAMES / 2;
+/// Windows computed together.
+const GROUP: usize = 32;
 const POOLED: usize = 2 * (FRONT + 3 * MID);
 /// TensorFlow's default, with which the network was trained.
 const NORM_EPS: f64 = 1e-3;
@@ -243,6 +245,19 @@ impl Network {
             starts.iter().all(|s| s + N_FRAMES <= n_frames),
             "windows of {N_FRAMES} frames at {starts:?} leave a spectrogram of {n_frames} frames"
         );
+        // In groups, so that memory does not grow with the song.
+        let mut outputs = Vec::with_capacity(starts.len());
+        for group in starts.chunks(GROUP) {
+            let first = *group.iter().min().expect("chunks are not empty");
+            let end = group.iter().max().expect("chunks are not empty") + N_FRAMES;
+            let local: Vec<usize> = group.iter().map(|start| start - first).collect();
+            outputs.extend(self.forward_group(&log_mel[first * N_MELS..end * N_MELS], &local));
+        }
+        outputs
+    }
+
+    fn forward_group(&self, log_mel: &[f32], starts: &[usize]) -> Vec<Output> {
+        let n_frames = log_mel.len() / N_MELS;
         let (scale, shift) = (self.input.scale[0], self.input.shift[0]);
         let x: Vec<f32> = log_mel.iter().map(|x| x * scale + shift).collect(); // [T, 96]
 
@@ -453,9 +468,10 @@ impl Rows {
         let mut rows = Vec::new();
         let mut whole = vec![usize::MAX; n_frames];
         for &start in starts {
-            for t in start + before..start + N_FRAMES - after {
-                if whole[t] == usize::MAX {
-                    whole[t] = rows.len();
+            let inside = start + before..start + N_FRAMES - after;
+            for (row, t) in whole[inside.clone()].iter_mut().zip(inside) {
+                if *row == usize::MAX {
+                    *row = rows.len();
                     rows.push(Row { t, from: t - before, to: t + after + 1 });
                 }
             }

@@ -91,6 +91,19 @@ fn overlapping_windows_give_what_each_gives_alone() {
 }
 
 #[test]
+fn many_windows_give_what_few_give() {
+    let model = model("mtt");
+    let log_mel = model.log_mel(&samples());
+    let starts: Vec<usize> = (0..=134).rev().step_by(3).collect(); // more than one group
+    let all = model.outputs(&log_mel, &starts).unwrap();
+    for (i, got) in all.iter().enumerate().step_by(11) {
+        let alone = model.outputs(&log_mel, &starts[i..=i]).unwrap();
+        close(&got.embedding, &alone[0].embedding, 1e-5);
+    }
+    assert!(model.outputs(&log_mel, &[135]).is_err());
+}
+
+#[test]
 fn the_same_clip_gives_the_same_bits_with_any_number_of_threads_and_in_any_batch() {
     let model = model("mtt");
     let song = samples();
