@@ -162,3 +162,128 @@ fn conv_transpose1d_is_right() {
         check(&inputs[..2], |t| conv_transpose1d(&t[0], &t[1], None, spec), plain);
     }
 }
+
+#[test]
+fn norms_are_right() {
+    for (b, t, c) in [(2, 3, 5), (1, 1, 1), (3, 2, 33)] {
+        let x = noise("x", &[b, t, c]);
+        let (w, bias) = (noise("w", &[c]), noise("b", &[c]));
+        let (shift, scale) = (noise("shift", &[b, c]), noise("scale", &[b, c]));
+        let eps = 1e-2; // large, so that a row of one element still has a gradient
+        let all = [x.clone(), w.clone(), bias];
+        check(
+            &all,
+            |t| layer_norm(&t[0], Some(&t[1]), Some(&t[2]), eps),
+            |t| layer_norm::plain::layer_norm(&t[0], Some(&t[1]), Some(&t[2]), eps),
+        );
+        check(
+            &all[..2],
+            |t| layer_norm(&t[0], Some(&t[1]), None, eps),
+            |t| layer_norm::plain::layer_norm(&t[0], Some(&t[1]), None, eps),
+        );
+        check(
+            &all[..2],
+            |t| layer_norm(&t[0], None, Some(&t[1]), eps),
+            |t| layer_norm::plain::layer_norm(&t[0], None, Some(&t[1]), eps),
+        );
+        check(
+            &all[..1],
+            |t| layer_norm(&t[0], None, None, eps),
+            |t| layer_norm::plain::layer_norm(&t[0], None, None, eps),
+        );
+        check(&all[..1], |t| rms_norm(&t[0], None, eps), |t| rms_norm::plain::rms_norm(&t[0], None, eps));
+        check(
+            &all[..2],
+            |t| rms_norm(&t[0], Some(&t[1]), eps),
+            |t| rms_norm::plain::rms_norm(&t[0], Some(&t[1]), eps),
+        );
+        check(
+            &[x, shift, scale],
+            |t| ada_layer_norm(&t[0], &t[1], &t[2], eps),
+            |t| ada_layer_norm::plain::ada_layer_norm(&t[0], &t[1], &t[2], eps),
+        );
+    }
+}
+
+#[test]
+fn element_wise_operations_are_right() {
+    for shape in [&[2, 3, 5][..], &[1, 1, 1], &[40, 17]] {
+        let x = [(noise("x", shape) * 2.0).unwrap()];
+        check(&x, |t| gelu(&t[0]), |t| activation::plain::gelu(&t[0]));
+        check(&x, |t| silu(&t[0]), |t| activation::plain::silu(&t[0]));
+        check(&x, |t| leaky_relu(&t[0], 0.2), |t| activation::plain::leaky_relu(&t[0], 0.2));
+        check(&x, |t| softmax_last(&t[0]), |t| activation::plain::softmax_last(&t[0]));
+        let c = *shape.last().unwrap();
+        let with_alpha = [x[0].clone(), (noise("alpha", &[c]).abs().unwrap() + 0.3).unwrap()];
+        check(&with_alpha, |t| snake(&t[0], &t[1]), |t| snake::plain::snake(&t[0], &t[1]));
+        let mut double = shape.to_vec();
+        *double.last_mut().unwrap() *= 2;
+        let x = [noise("gates", &double)];
+        check(&x, |t| swiglu(&t[0]), |t| swiglu::plain::swiglu(&t[0]));
+    }
+}
+
+#[test]
+fn large_row_wise_operations_do_not_depend_on_threads() {
+    let x = noise("x", &[3, 2000, 34]);
+    let (a, b) = (noise("a", &[34]).abs().unwrap(), noise("b", &[34]));
+    let (shift, scale) = (noise("shift", &[3, 34]), noise("scale", &[3, 34]));
+    same_on_any_number_of_threads(&[x.clone(), a.clone()], |t| snake(&t[0], &t[1]));
+    same_on_any_number_of_threads(&[x.clone(), a, b], |t| layer_norm(&t[0], Some(&t[1]), Some(&t[2]), 1e-5));
+    same_on_any_number_of_threads(&[x.clone(), shift, scale], |t| ada_layer_norm(&t[0], &t[1], &t[2], 1e-5));
+    same_on_any_number_of_threads(&[x.clone()], |t| swiglu(&t[0]));
+    same_on_any_number_of_threads(&[x.clone()], |t| softmax_last(&t[0]));
+    same_on_any_number_of_threads(&[x], |t| gelu(&t[0]));
+}
+
+#[test]
+fn attention_is_right() {
+    for (b, tq, tk, h, d, dv) in [(2, 3, 4, 2, 3, 2), (1, 1, 1, 1, 1, 1), (1, 70, 5, 1, 2, 2)] {
+        let qkv = [noise("q", &[b, tq, h, d]), noise("k", &[b, tk, h, d]), noise("v", &[b, tk, h, dv])];
+        check(
+            &qkv,
+            |t| attention(&t[0], &t[1], &t[2], None, 0.7),
+            |t| attention::plain::attention(&t[0], &t[1], &t[2], None, 0.7),
+        );
+        for bias in [[b, h, tq, tk], [1, h, tq, tk], [b, 1, 1, tk], [1, 1, 1, tk]] {
+            let constant = noise("bias", &bias);
+            check(
+                &qkv,
+                |t| attention(&t[0], &t[1], &t[2], Some(&constant.to_dtype(t[0].dtype())?), 0.7),
+                |t| attention::plain::attention(&t[0], &t[1], &t[2], Some(&constant.to_dtype(t[0].dtype())?), 0.7),
+            );
+            let mut inputs = qkv.to_vec();
+            inputs.push(constant);
+            check(
+                &inputs,
+                |t| attention(&t[0], &t[1], &t[2], Some(&t[3]), 0.7),
+                |t| attention::plain::attention(&t[0], &t[1], &t[2], Some(&t[3]), 0.7),
+            );
+        }
+    }
+}
+
+#[test]
+fn a_masked_key_counts_for_nothing_and_a_blind_query_gives_zeros() {
+    let (q, k, v) = (noise("q", &[1, 2, 1, 4]), noise("k", &[1, 3, 1, 4]), noise("v", &[1, 3, 1, 4]));
+    let inf = f64::NEG_INFINITY;
+    let bias = Tensor::new(&[[[[0.0, inf, 0.3], [inf, inf, inf]]]], &CPU).unwrap();
+    let got = attention(&q, &k, &v, Some(&bias), 0.5).unwrap();
+    let kept = Tensor::new(&[0u32, 2], &CPU).unwrap();
+    let (k, v) = (k.index_select(&kept, 1).unwrap(), v.index_select(&kept, 1).unwrap());
+    let bias = bias.narrow(2, 0, 1).unwrap().index_select(&kept, 3).unwrap();
+    let want = attention(&q.narrow(1, 0, 1).unwrap(), &k, &v, Some(&bias), 0.5).unwrap();
+    assert_close(&got.narrow(1, 0, 1).unwrap(), &want, Tol::STATISTICS);
+    assert_close(&got.narrow(1, 1, 1).unwrap(), &want.zeros_like().unwrap(), Tol::EXACT);
+}
+
+#[test]
+fn large_attention_does_not_depend_on_threads_and_equals_the_plain_one() {
+    let inputs = [noise("q", &[2, 150, 3, 20]), noise("k", &[2, 130, 3, 20]), noise("v", &[2, 130, 3, 20])];
+    same_on_any_number_of_threads(&inputs, |t| attention(&t[0], &t[1], &t[2], None, 0.2));
+    let got = run(&inputs, |t| attention(&t[0], &t[1], &t[2], None, 0.2));
+    let want = run(&inputs, |t| attention::plain::attention(&t[0], &t[1], &t[2], None, 0.2));
+    for (got, want) in got.iter().zip(&want) {
+        assert_close(got, want, Tol { atol: 2e-5, rtol: 1e-4 });
+    }
+}

@@ -1,15 +1,18 @@
 //! Element-wise activations and the softmax.
 
+pub(crate) mod cpu;
 pub(crate) mod plain;
 
+use crate::kernels::fast;
 use candle_core::{Result, Tensor};
+use cpu::Activation;
 
 /// `x Φ(x)`, with the error function (PyTorch's default GELU).
 ///
 /// # Errors
 /// If `x` is not of a float dtype.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
-    plain::gelu(x)
+    if fast(&[x]) { cpu::apply(x, Activation::Gelu) } else { plain::gelu(x) }
 }
 
 /// `x σ(x)`.
@@ -17,7 +20,7 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// If `x` is not of a float dtype.
 pub fn silu(x: &Tensor) -> Result<Tensor> {
-    plain::silu(x)
+    if fast(&[x]) { cpu::apply(x, Activation::Silu) } else { plain::silu(x) }
 }
 
 /// `x` where positive, else `slope · x`.
@@ -25,7 +28,7 @@ pub fn silu(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// If `x` is not of a float dtype.
 pub fn leaky_relu(x: &Tensor, slope: f64) -> Result<Tensor> {
-    plain::leaky_relu(x, slope)
+    if fast(&[x]) { cpu::apply(x, Activation::LeakyRelu(slope)) } else { plain::leaky_relu(x, slope) }
 }
 
 /// Softmax over the last dimension.
@@ -33,5 +36,5 @@ pub fn leaky_relu(x: &Tensor, slope: f64) -> Result<Tensor> {
 /// # Errors
 /// If `x` is not of a float dtype or a scalar.
 pub fn softmax_last(x: &Tensor) -> Result<Tensor> {
-    plain::softmax_last(x)
+    if fast(&[x]) { cpu::softmax_last(x) } else { plain::softmax_last(x) }
 }

@@ -2,6 +2,7 @@
 
 pub(crate) mod plain;
 
+use crate::kernels::{self, norm::Norm};
 use candle_core::{Result, Tensor};
 
 /// `layer_norm(x) · (1 + scale) + shift`, one scale and shift per example (Peebles & Xie 2023, arXiv:2212.09748).
@@ -21,5 +22,9 @@ pub fn ada_layer_norm(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f64) -> R
             x.dims()
         )
     }
-    plain::ada_layer_norm(x, shift, scale, eps)
+    if kernels::fast(&[x, shift, scale]) {
+        crate::layer_norm::cpu::apply(x, Some(scale), Some(shift), Norm { centred: true, eps, one_plus: true })
+    } else {
+        plain::ada_layer_norm(x, shift, scale, eps)
+    }
 }

@@ -1,5 +1,6 @@
 //! Scaled dot-product attention with an additive bias.
 
+mod cpu;
 pub(crate) mod plain;
 
 use candle_core::{Result, Tensor};
@@ -17,7 +18,9 @@ use candle_core::{Result, Tensor};
 /// If the shapes do not fit.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<&Tensor>, scale: f64) -> Result<Tensor> {
     check(q, k, v, bias)?;
-    plain::attention(q, k, v, bias, scale)
+    let mut all = vec![q, k, v];
+    all.extend(bias);
+    if crate::kernels::fast(&all) { cpu::attention(q, k, v, bias, scale) } else { plain::attention(q, k, v, bias, scale) }
 }
 
 fn check(q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<&Tensor>) -> Result<()> {

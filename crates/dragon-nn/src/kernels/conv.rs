@@ -41,6 +41,7 @@ impl Geometry {
             in_stride: self.c_in,
             out_step: self.c_out,
             out_start: group * self.out_group(),
+            parallel: true,
         }
     }
 }
@@ -105,6 +106,7 @@ pub(crate) fn correlate_adjoint<T: Real>(g: &[T], w: &[T], bias: Option<&[T]>, g
                         in_stride: geo.c_out,
                         out_step: stride * geo.c_in,
                         out_start: (stride * first + phase - padding) * geo.c_in + group * ig,
+                        parallel: true,
                     };
                     let bias = bias.map(|b| &b[group * ig..(group + 1) * ig]);
                     let g = &g[(group * og).min(g.len())..];

@@ -60,10 +60,6 @@ impl<T: Real> Packed<T> {
     fn panel(&self, i: usize) -> *const T {
         self.data[i * self.depth * NR..].as_ptr()
     }
-
-    pub(crate) fn columns(&self) -> usize {
-        self.n
-    }
 }
 
 /// Where the rows of a product come from and go to, for one example of a batch.
@@ -84,6 +80,8 @@ pub(crate) struct Rows<'a> {
     pub out_step: usize,
     /// See `out_step`.
     pub out_start: usize,
+    /// Whether to use several threads; not inside a task that is one of many.
+    pub parallel: bool,
 }
 
 /// `out[r] = bias + Σ_taps x[r·in_step + tap] · B_tap`, for each of `batch` examples.
@@ -118,7 +116,7 @@ pub(crate) unsafe fn product<T: Real>(
     let panel_groups = (16usize.div_ceil(n_blocks * batch)).min(n_panels).max(1);
     let panels_per_group = n_panels.div_ceil(panel_groups);
     let panel_groups = n_panels.div_ceil(panels_per_group);
-    let work = batch * rows.n_rows * b.n * b.depth / 8;
+    let work = if rows.parallel { batch * rows.n_rows * b.n * b.depth / 8 } else { 0 };
     for_each(batch * n_blocks * panel_groups, work, |task| {
         let (example, rest) = (task / (n_blocks * panel_groups), task % (n_blocks * panel_groups));
         let (block_index, group) = (rest / panel_groups, rest % panel_groups);
@@ -242,14 +240,15 @@ pub(crate) unsafe fn weight_gradient<T: Real>(
     let n_chunks = batch * chunks_per_example;
     // Parallel over the depth as long as the partial sums stay small (4M elements), else over the result's rows.
     let depth_parts = (n_chunks / 4).clamp(1, 16).min(((1 << 22) / (m * n).max(1)).max(1));
+    let depth_parts = if rows.parallel { depth_parts } else { 1 };
     let chunks_per_part = n_chunks.div_ceil(depth_parts);
     let depth_parts = n_chunks.div_ceil(chunks_per_part.max(1)).max(1);
     // Tiles of one tap: `width` rows in nearly equal tiles of at most MR.
     let tiles_per_tap = rows.width.div_ceil(MR);
     let n_tiles = rows.taps.len() * tiles_per_tap;
-    let row_parts = 16usize.div_ceil(depth_parts).min(n_tiles).max(1);
+    let row_parts = if rows.parallel { 16usize.div_ceil(depth_parts).min(n_tiles).max(1) } else { 1 };
     let n_panels = n.div_ceil(NR);
-    let work = batch * rows.n_rows * m * n / 8;
+    let work = if rows.parallel { batch * rows.n_rows * m * n / 8 } else { 0 };
 
     // Packs the rows of one chunk of `g` into panels.
     let pack = |chunk: usize, packed: &mut [T]| {
@@ -268,7 +267,7 @@ pub(crate) unsafe fn weight_gradient<T: Real>(
         let mut all = vec![T::ZERO; n_chunks * chunk_len];
         let pointer = super::shared(&mut all);
         // SAFETY: each chunk has a range of its own.
-        for_each(n_chunks, n_chunks * chunk_len, |chunk| pack(chunk, unsafe {
+        for_each(n_chunks, work.min(n_chunks * chunk_len), |chunk| pack(chunk, unsafe {
             pointer.range(chunk * chunk_len, chunk_len)
         }));
         all

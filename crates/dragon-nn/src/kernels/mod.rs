@@ -3,6 +3,7 @@
 
 pub(crate) mod conv;
 pub(crate) mod gemm;
+pub(crate) mod norm;
 mod real;
 
 pub(crate) use real::Real;
@@ -219,4 +220,50 @@ pub(crate) fn column_sums<T: Real>(x: &[T], cols: usize) -> Vec<T> {
 /// Rows per partial sum: at most 32 parts, so that the parts stay small beside what they add up.
 pub(crate) fn rows_per_part(rows: usize) -> usize {
     rows.div_ceil(32).max(64)
+}
+
+/// `Σ f(i)` over `0..n` in sixteen interleaved sums, added up pairwise: a fixed order that vectorises.
+#[inline(always)]
+pub(crate) fn lane_sum<T: Real>(n: usize, f: impl Fn(usize) -> T) -> T {
+    let mut lanes = [T::ZERO; 16];
+    let whole = n / 16 * 16;
+    for start in (0..whole).step_by(16) {
+        for (j, lane) in lanes.iter_mut().enumerate() {
+            *lane += f(start + j);
+        }
+    }
+    for i in whole..n {
+        lanes[i - whole] += f(i);
+    }
+    let mut width = 8;
+    while width > 0 {
+        for j in 0..width {
+            let other = lanes[j + width];
+            lanes[j] += other;
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// The largest element; `-inf` of none.
+#[inline(always)]
+pub(crate) fn lane_max<T: Real>(x: &[T]) -> T {
+    let mut lanes = [T::NEG_INFINITY; 16];
+    let chunks = x.chunks_exact(16);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+            *lane = v.max_(*lane);
+        }
+    }
+    for (lane, &v) in lanes.iter_mut().zip(rest) {
+        *lane = v.max_(*lane);
+    }
+    lanes.into_iter().fold(T::NEG_INFINITY, |a, b| b.max_(a))
+}
+
+/// Rows of `cols` elements that one task of a row-wise operation takes.
+pub(crate) fn rows_per_task(cols: usize) -> usize {
+    (CHUNK / cols.max(1)).max(1)
 }

@@ -26,7 +26,6 @@ pub(crate) trait Real:
     const ONE: Self;
     const NEG_INFINITY: Self;
     fn of(x: f64) -> Self;
-    fn wide(self) -> f64;
     /// `self * b + c`, fused where the processor fuses.
     fn fma(self, b: Self, c: Self) -> Self;
     fn root(self) -> Self;
@@ -73,11 +72,6 @@ impl Real for f64 {
     }
 
     #[inline(always)]
-    fn wide(self) -> f64 {
-        self
-    }
-
-    #[inline(always)]
     fn fma(self, b: f64, c: f64) -> f64 {
         self * b + c
     }
@@ -116,11 +110,6 @@ impl Real for f32 {
     #[inline(always)]
     fn of(x: f64) -> f32 {
         x as f32
-    }
-
-    #[inline(always)]
-    fn wide(self) -> f64 {
-        f64::from(self)
     }
 
     #[inline(always)]

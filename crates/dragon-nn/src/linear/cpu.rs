@@ -24,6 +24,7 @@ fn rows(n_rows: usize, n_in: usize, n_out: usize) -> Rows<'static> {
         in_stride: n_in,
         out_step: n_out,
         out_start: 0,
+        parallel: true,
     }
 }
 

@@ -1,5 +1,6 @@
 //! The periodic activation of audio codecs.
 
+mod cpu;
 pub(crate) mod plain;
 
 use candle_core::{Result, Tensor};
@@ -17,5 +18,5 @@ pub(crate) const EPS: f64 = 1e-9;
 /// If the shapes do not fit.
 pub fn snake(x: &Tensor, alpha: &Tensor) -> Result<Tensor> {
     crate::check_last("snake", x, &[Some(alpha)])?;
-    plain::snake(x, alpha)
+    if crate::kernels::fast(&[x, alpha]) { cpu::snake(x, alpha) } else { plain::snake(x, alpha) }
 }

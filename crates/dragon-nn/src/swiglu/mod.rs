@@ -1,5 +1,6 @@
 //! The gate of a SwiGLU feed-forward layer.
 
+mod cpu;
 pub(crate) mod plain;
 
 use candle_core::{Result, Tensor};
@@ -13,6 +14,7 @@ use candle_core::{Result, Tensor};
 /// If the last dimension is odd or missing.
 pub fn swiglu(x: &Tensor) -> Result<Tensor> {
     match x.dims().last() {
+        Some(c) if c % 2 == 0 && crate::kernels::fast(&[x]) => cpu::swiglu(x),
         Some(c) if c % 2 == 0 => plain::swiglu(x),
         _ => candle_core::bail!("swiglu: the last dimension of {:?} must be even", x.dims()),
     }

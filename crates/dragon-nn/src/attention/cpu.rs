@@ -1,0 +1,316 @@
+//! [`super::attention`] on the CPU: one task per batch element and head, a block of queries at a time.
+//!
+//! The weights are never stored: the backward pass computes them again, block by block. Memory beyond the result is
+//! one block of queries times all keys per thread.
+
+use crate::activation::cpu::softmax_row;
+use crate::kernels::gemm::{Packed, Rows, product, weight_gradient};
+use crate::kernels::{Real, Shared, by_dtype, dtype, filled, for_each, shared, slice, tensor, view};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+
+/// Queries per block: with 1024 keys the logits of a block are 256 KiB, half of a usual second-level cache.
+const QUERIES: usize = 64;
+
+pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<&Tensor>, scale: f64) -> Result<Tensor> {
+    let (batch, tq, heads, d) = q.dims4()?;
+    let (_, tk, _, dv) = v.dims4()?;
+    let dims = Dims { batch, heads, tq, tk, d, dv, scale };
+    let q = q.contiguous()?;
+    match bias {
+        // An operation takes three tensors: a bias that learns gets a place, keys and values then share one.
+        Some(bias) if bias.track_op() => {
+            let kv = Tensor::cat(&[k, v], 3)?; // [B, Tk, H, D+Dv]
+            let op = Attention { dims, bias_dims: Some(bias.dims4()?), bias: None };
+            q.apply_op3(&kv, &bias.contiguous()?, op)
+        }
+        _ => {
+            let bias_dims = bias.map(|b| b.dims4()).transpose()?;
+            let op = Attention { dims, bias_dims, bias: bias.map(|b| b.contiguous()).transpose()? };
+            q.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Dims {
+    batch: usize,
+    heads: usize,
+    tq: usize,
+    tk: usize,
+    d: usize,
+    dv: usize,
+    scale: f64,
+}
+
+type BiasDims = (usize, usize, usize, usize);
+
+struct Attention {
+    dims: Dims,
+    bias_dims: Option<BiasDims>,
+    /// A bias without gradient; with one, it is the third argument and the second holds keys and values.
+    bias: Option<Tensor>,
+}
+
+/// Rows of one head of a `[B, T, H, width]` tensor, possibly interleaved with others: offset and distance.
+#[derive(Clone, Copy)]
+struct Head<'a, T> {
+    data: &'a [T],
+    stride: usize,
+    /// Elements between heads.
+    head: usize,
+    /// First element within a head's row.
+    start: usize,
+}
+
+impl<'a, T: Real> Head<'a, T> {
+    /// The elements from the first row of example `b`, head `h` on.
+    fn of(&self, b: usize, h: usize, t: usize) -> &'a [T] {
+        &self.data[(b * t * self.stride + h * self.head + self.start).min(self.data.len())..]
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Inputs<'a, T> {
+    dims: Dims,
+    q: Head<'a, T>,
+    k: Head<'a, T>,
+    v: Head<'a, T>,
+    bias: Option<(&'a [T], BiasDims)>,
+}
+
+fn rows(n_rows: usize, width: usize, in_stride: usize, out_step: usize) -> Rows<'static> {
+    Rows { n_rows, in_step: 1, in_rows: n_rows, taps: &[0], width, in_stride, out_step, out_start: 0, parallel: false }
+}
+
+/// `[tk, width]` as a matrix whose depth is `width` (for products with keys) or `tk` (with values).
+fn pack_transposed<T: Real>(x: &[T], tk: usize, width: usize, stride: usize) -> Packed<T> {
+    Packed::new(x, (1, width, tk), |_| 0, (1, stride))
+}
+
+fn pack_straight<T: Real>(x: &[T], tk: usize, width: usize, stride: usize) -> Packed<T> {
+    Packed::new(x, (1, tk, width), |_| 0, (stride, 1))
+}
+
+impl<T: Real> Inputs<'_, T> {
+    /// Where the bias of a query row starts.
+    fn bias_row(&self, dims: BiasDims, b: usize, h: usize, query: usize) -> usize {
+        let (bb, bh, bq, bk) = dims;
+        let pick = |i: usize, n: usize| if n == 1 { 0 } else { i };
+        ((pick(b, bb) * bh + pick(h, bh)) * bq + pick(query, bq)) * bk
+    }
+
+    /// Attention weights of queries `first..first + n` of a head, into `[n, tk]`.
+    fn weights(&self, b: usize, h: usize, first: usize, n: usize, keys: &Packed<T>, out: &mut [T]) {
+        let Dims { tq, tk, d, scale, .. } = self.dims;
+        let q = &self.q.of(b, h, tq)[first * self.q.stride..];
+        // SAFETY: `n` rows of `q` exist from `first` on, and `out` holds `n * tk` elements.
+        unsafe { product(q, 0, keys, None, shared(out), 0, 1, &rows(n, d, self.q.stride, tk)) };
+        let scale = T::of(scale);
+        for (i, row) in out.chunks_exact_mut(tk).take(n).enumerate() {
+            match self.bias {
+                Some((bias, dims)) => {
+                    let bias = &bias[self.bias_row(dims, b, h, first + i)..][..tk];
+                    for (w, &bias) in row.iter_mut().zip(bias) {
+                        *w = w.fma(scale, bias);
+                    }
+                }
+                None => {
+                    for w in row.iter_mut() {
+                        *w = *w * scale;
+                    }
+                }
+            }
+            softmax_row(row);
+        }
+    }
+
+    fn work(&self) -> usize {
+        let Dims { batch, heads, tq, tk, d, dv, .. } = self.dims;
+        batch * heads * tq * tk * (d + dv + 16) / 4
+    }
+
+    fn forward(&self) -> Vec<T> {
+        let Dims { batch, heads, tq, tk, d, dv, .. } = self.dims;
+        let fill = |out: Shared<T>| {
+            for_each(batch * heads, self.work(), |task| {
+                let (b, h) = (task / heads, task % heads);
+                let keys = pack_transposed(self.k.of(b, h, tk), tk, d, self.k.stride);
+                let values = pack_straight(self.v.of(b, h, tk), tk, dv, self.v.stride);
+                let mut weights = vec![T::ZERO; QUERIES.min(tq) * tk];
+                for first in (0..tq).step_by(QUERIES) {
+                    let n = QUERIES.min(tq - first);
+                    self.weights(b, h, first, n, &keys, &mut weights);
+                    let mut to = rows(n, tk, tk, heads * dv);
+                    to.out_start = ((b * tq + first) * heads + h) * dv;
+                    // SAFETY: each task writes its own head's channels of its own example.
+                    unsafe { product(&weights, 0, &values, None, out, 0, 1, &to) };
+                }
+            });
+        };
+        // SAFETY: the heads together write every element.
+        unsafe { filled(batch * tq * heads * dv, fill) }
+    }
+
+    /// Gradients of q `[B, Tq, H, D]`, and of k and v in the layout of the inputs (`kv_width` elements per head:
+    /// both in one buffer when they share a tensor), and of the bias if asked for.
+    fn backward(&self, y: &[T], g: &[T], shared_kv: bool, bias_gradient: bool) -> [Vec<T>; 4] {
+        let Dims { batch, heads, tq, tk, d, dv, scale } = self.dims;
+        let (k_width, v_width) = if shared_kv { (d + dv, d + dv) } else { (d, dv) };
+        let v_start = if shared_kv { d } else { 0 };
+        let mut dk = vec![T::ZERO; batch * tk * heads * k_width];
+        let mut dv_own = vec![T::ZERO; if shared_kv { 0 } else { batch * tk * heads * v_width }];
+        let bias_dims = self.bias.map(|(_, dims)| dims).filter(|_| bias_gradient);
+        let mut d_bias = vec![T::ZERO; bias_dims.map_or(0, |(a, b, c, d)| a * b * c * d)];
+        let dk_pointer = shared(&mut dk);
+        let dv_pointer = if shared_kv { dk_pointer } else { shared(&mut dv_own) };
+        let bias_pointer = shared(&mut d_bias);
+        // Examples and heads that share a row of the bias are one task, so that its sum has one order.
+        let (tasks_b, tasks_h) = bias_dims.map_or((batch, heads), |(bb, bh, ..)| (bb, bh));
+        let one = |b: usize, h: usize, dq: Shared<T>| {
+            let keys = self.k.of(b, h, tk);
+            let keys_t = pack_transposed(keys, tk, d, self.k.stride);
+            let keys_s = pack_straight(keys, tk, d, self.k.stride);
+            let values_t = pack_transposed(self.v.of(b, h, tk), tk, dv, self.v.stride);
+            let mut weights = vec![T::ZERO; QUERIES.min(tq) * tk];
+            let mut d_logits = vec![T::ZERO; QUERIES.min(tq) * tk];
+            let (mut dk_sum, mut dv_sum) = (vec![T::ZERO; tk * d], vec![T::ZERO; tk * dv]);
+            let factor = T::of(scale);
+            for first in (0..tq).step_by(QUERIES) {
+                let n = QUERIES.min(tq - first);
+                self.weights(b, h, first, n, &keys_t, &mut weights);
+                let start = ((b * tq + first) * heads + h) * dv;
+                let g = &g[start..];
+                // SAFETY: `n` rows exist from `first` on; `d_logits` holds `n * tk` elements.
+                unsafe { product(g, 0, &values_t, None, shared(&mut d_logits), 0, 1, &rows(n, dv, heads * dv, tk)) };
+                for i in 0..n {
+                    let (w, dl) = (&weights[i * tk..(i + 1) * tk], &mut d_logits[i * tk..(i + 1) * tk]);
+                    let (y, g) = (&y[start + i * heads * dv..][..dv], &g[i * heads * dv..][..dv]);
+                    let level = crate::kernels::lane_sum(dv, |j| y[j] * g[j]);
+                    for (dl, &w) in dl.iter_mut().zip(w) {
+                        *dl = w * (*dl - level);
+                    }
+                    if let Some(dims) = bias_dims {
+                        // SAFETY: the row belongs to this task alone.
+                        let sum = unsafe { bias_pointer.range(self.bias_row(dims, b, h, first + i), tk) };
+                        for (s, &v) in sum.iter_mut().zip(dl.iter()) {
+                            *s += v;
+                        }
+                    }
+                    for dl in dl.iter_mut() {
+                        *dl = *dl * factor;
+                    }
+                }
+                let mut to = rows(n, tk, tk, heads * d);
+                to.out_start = ((b * tq + first) * heads + h) * d;
+                let q = &self.q.of(b, h, tq)[first * self.q.stride..];
+                // SAFETY: each (b, h) writes its own rows of `dq`; the matrices have `n` rows.
+                let (dk_part, dv_part) = unsafe {
+                    product(&d_logits, 0, &keys_s, None, dq, 0, 1, &to);
+                    let rows = rows(n, tk, tk, self.q.stride);
+                    let dk_part = weight_gradient(&d_logits, 0, q, 0, d, 1, &rows);
+                    let dv_part = weight_gradient(&weights, 0, g, 0, dv, 1, &Rows { out_step: heads * dv, ..rows });
+                    (dk_part, dv_part)
+                };
+                for (sum, part) in [(&mut dk_sum, dk_part), (&mut dv_sum, dv_part)] {
+                    for (s, p) in sum.iter_mut().zip(part) {
+                        *s += p;
+                    }
+                }
+            }
+            for t in 0..tk {
+                // SAFETY: each (b, h) writes its own channels.
+                unsafe {
+                    let row = (b * tk + t) * heads + h;
+                    dk_pointer.range(row * k_width, d).copy_from_slice(&dk_sum[t * d..(t + 1) * d]);
+                    dv_pointer.range(row * v_width + v_start, dv).copy_from_slice(&dv_sum[t * dv..(t + 1) * dv]);
+                }
+            }
+        };
+        let fill = |dq: Shared<T>| {
+            for_each(tasks_b * tasks_h, self.work() * 3, |task| {
+                let (task_b, task_h) = (task / tasks_h, task % tasks_h);
+                for b in if tasks_b == batch { task_b..task_b + 1 } else { 0..batch } {
+                    for h in if tasks_h == heads { task_h..task_h + 1 } else { 0..heads } {
+                        one(b, h, dq);
+                    }
+                }
+            });
+        };
+        // SAFETY: the heads together write every element.
+        let dq = unsafe { filled(batch * tq * heads * d, fill) };
+        [dq, dk, dv_own, d_bias]
+    }
+}
+
+impl Attention {
+    fn inputs<'a, T: Real>(
+        &self,
+        q: &'a [T],
+        second: &'a [T],
+        third: &'a [T],
+        bias: Option<&'a [T]>,
+    ) -> Inputs<'a, T> {
+        let dims = self.dims;
+        let Dims { heads, d, dv, .. } = dims;
+        let head = |data, width, start| Head { data, stride: heads * width, head: width, start };
+        let q = head(q, d, 0);
+        if self.shared_kv() {
+            let bias = self.bias_dims.map(|dims| (third, dims));
+            Inputs { dims, q, k: head(second, d + dv, 0), v: head(second, d + dv, d), bias }
+        } else {
+            let bias = self.bias_dims.and_then(|dims| bias.map(|b| (b, dims)));
+            Inputs { dims, q, k: head(second, d, 0), v: head(third, dv, 0), bias }
+        }
+    }
+
+    fn shared_kv(&self) -> bool {
+        self.bias_dims.is_some() && self.bias.is_none()
+    }
+}
+
+impl CustomOp3 for Attention {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        ql: &Layout,
+        k: &CpuStorage,
+        kl: &Layout,
+        v: &CpuStorage,
+        vl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let Dims { batch, heads, tq, dv, .. } = self.dims;
+        by_dtype!(dtype(q), T => {
+            let bias = self.bias.as_ref().map(view::<T>).transpose()?;
+            let inputs = self.inputs(slice::<T>(q, ql)?, slice(k, kl)?, slice(v, vl)?, bias.as_deref());
+            Ok((T::storage(inputs.forward()), Shape::from((batch, tq, heads, dv))))
+        })
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        second: &Tensor,
+        third: &Tensor,
+        y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.contiguous()?;
+        by_dtype!(q.dtype(), T => {
+            let bias = self.bias.as_ref().map(view::<T>).transpose()?;
+            let (q_data, second_data, third_data) = (view::<T>(q)?, view::<T>(second)?, view::<T>(third)?);
+            let inputs = self.inputs(&q_data, &second_data, &third_data, bias.as_deref());
+            let shared_kv = self.shared_kv();
+            let [dq, dk, dv, d_bias] = inputs.backward(&view::<T>(y)?, &view::<T>(&grad)?, shared_kv, shared_kv);
+            let third_gradient = if shared_kv { d_bias } else { dv };
+            Ok((
+                Some(tensor(dq, q.shape())?),
+                Some(tensor(dk, second.shape())?),
+                Some(tensor(third_gradient, third.shape())?),
+            ))
+        })
+    }
+}
