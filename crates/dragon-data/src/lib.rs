@@ -15,7 +15,7 @@ pub mod caption;
 pub mod clips;
 pub mod error;
 pub mod fetch;
-//IMPORT
+pub mod import;
 pub mod manifest;
 pub mod render;
 pub mod rng;

@@ -1,0 +1,353 @@
+//! The user's own audio and captions: a folder, or a JSONL or CSV list.
+//!
+//! - *Folder*: every audio file in it and below; the caption stands in a text file of the same name (`song.wav`,
+//!   `song.txt`), else the file's name becomes the caption.
+//! - *List*: a column or field `path` (or `audio`, `file`) and `caption` (or `text`, `prompt`); `piece` may name what
+//!   the file is a part of. Paths are relative to the list.
+//!
+//! Each file is mixed to mono, resampled to 16 kHz and cut into as many 5.12 s clips as fit, with the file's caption.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rayon::prelude::*;
+use serde_json::{Map, Value, json};
+
+use crate::clips::{self, CLIP_S, CLIP_SAMPLES, Refusal, SAMPLE_RATE_HZ};
+use crate::error::{Error, Result};
+use crate::manifest::{CaptionSource, Corpus, Entry, parse_csv, read_text, split_of, write_manifest};
+use crate::render::slug;
+use crate::rng::hash64;
+
+/// File endings that are taken for audio in a folder.
+const AUDIO: [&str; 10] = ["wav", "flac", "ogg", "oga", "mp3", "aif", "aiff", "m4a", "mp4", "opus"];
+
+/// Longest caption accepted, in characters: more is a mistake, such as a whole lyric.
+const MAX_CAPTION_CHARS: usize = 1000;
+
+/// What to import.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Folder, `.jsonl` or `.csv`.
+    pub from: PathBuf,
+    /// Output folder: `manifest.jsonl`, `wav/`.
+    pub out: PathBuf,
+    /// At most this many clips per file, evenly spread; `None` takes all that fit.
+    pub max_clips_per_file: Option<usize>,
+    /// Leave out files that cannot be used, instead of stopping at the first.
+    pub skip_bad: bool,
+}
+
+/// What was imported.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Clips in the manifest.
+    pub n_clips: usize,
+    /// Files they come from.
+    pub n_files: usize,
+    /// Excerpts refused, by reason.
+    pub refused: BTreeMap<String, usize>,
+    /// Files left out, with the reason (only with `skip_bad`).
+    pub left_out: Vec<String>,
+    /// Whether it stopped early because `stop` was set.
+    pub stopped: bool,
+}
+
+/// One audio file to import.
+#[derive(Debug, Clone, PartialEq)]
+struct Item {
+    path: PathBuf,
+    caption: String,
+    piece: String,
+}
+
+/// Imports audio. Every caption and path is checked before the first file is decoded.
+///
+/// # Errors
+/// If the source is missing or empty, a caption is empty or longer than 1000 characters, or a file cannot be
+/// used (missing, damaged, too short, silent) and `skip_bad` is off.
+pub fn import(options: &Options, stop: &AtomicBool) -> Result<Summary> {
+    let items = if options.from.is_dir() { folder(&options.from)? } else { list(&options.from)? };
+    if items.is_empty() {
+        let detail = format!("looked for files ending in {}", AUDIO.join(", "));
+        return Err(Error::Nothing { what: "audio", path: options.from.clone(), detail });
+    }
+    fs::create_dir_all(&options.out).map_err(Error::io(&options.out, "created"))?;
+    let mut ids = HashSet::new();
+    let items: Vec<(String, Item)> = items
+        .into_iter()
+        .map(|item| {
+            let stem = slug(&item.path.file_stem().unwrap_or_default().to_string_lossy());
+            // files of one name in several folders are told apart by a hash of the path
+            let id = if ids.insert(stem.clone()) && !stem.is_empty() {
+                stem
+            } else {
+                format!("{stem}-{:08x}", hash64(&item.path.to_string_lossy()) as u32)
+            };
+            (id, item)
+        })
+        .collect();
+    let mut summary = Summary::default();
+    let mut entries = Vec::new();
+    for batch in items.chunks(rayon::current_num_threads().max(1) * 2) {
+        if stop.load(Ordering::Relaxed) {
+            summary.stopped = true;
+            break;
+        }
+        let done: Vec<Result<(Vec<Entry>, Vec<Refusal>)>> =
+            batch.par_iter().map(|(id, item)| import_one(id, item, options)).collect();
+        for (result, (_, item)) in done.into_iter().zip(batch) {
+            match result {
+                Ok((new, refused)) => {
+                    for reason in refused {
+                        *summary.refused.entry(format!("{reason:?}").to_lowercase()).or_default() += 1;
+                    }
+                    summary.n_files += usize::from(!new.is_empty());
+                    entries.extend(new);
+                }
+                Err(error) if options.skip_bad => {
+                    tracing::warn!("left out: {error}");
+                    summary.left_out.push(format!("{}: {error}", item.path.display()));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        tracing::info!("imported {} clips of {} files", entries.len(), summary.n_files);
+    }
+    if entries.is_empty() && !summary.stopped {
+        let detail = format!("{:?} {:?}", summary.refused, summary.left_out);
+        return Err(Error::Nothing { what: "excerpts", path: options.from.clone(), detail });
+    }
+    summary.n_clips = entries.len();
+    write_manifest(&options.out.join("manifest.jsonl"), &entries)?;
+    Ok(summary)
+}
+
+fn import_one(id: &str, item: &Item, options: &Options) -> Result<(Vec<Entry>, Vec<Refusal>)> {
+    let audio = dragon_audio::read_mono(&item.path, SAMPLE_RATE_HZ)?;
+    let n_fit = audio.samples.len() / CLIP_SAMPLES;
+    if n_fit == 0 {
+        return Err(dragon_audio::Error::TooShort {
+            path: item.path.clone(),
+            expected_s: CLIP_S,
+            found_s: audio.duration_s(),
+        }
+        .into());
+    }
+    let n = options.max_clips_per_file.map_or(n_fit, |max| n_fit.min(max.max(1)));
+    let (mut entries, mut refused) = (Vec::new(), Vec::new());
+    for k in 0..n {
+        let from = (k * n_fit / n) * CLIP_SAMPLES;
+        let mut samples = audio.samples[from..from + CLIP_SAMPLES].to_vec();
+        let gain_db = match clips::level(&mut samples) {
+            Ok(gain_db) => gain_db,
+            Err(reason) => {
+                refused.push(reason);
+                continue;
+            }
+        };
+        let id = format!("{id}-{k:03}");
+        let path = format!("wav/{id}.wav");
+        clips::store(&options.out.join(&path), samples)?;
+        let mut attributes = Map::new();
+        attributes.insert("file".into(), json!(item.path.file_name().unwrap_or_default().to_string_lossy()));
+        attributes.insert("gain_db".into(), json!((100.0 * gain_db).round() / 100.0));
+        entries.push(Entry {
+            id,
+            piece: item.piece.clone(),
+            path,
+            start_s: from as f64 / f64::from(SAMPLE_RATE_HZ),
+            duration_s: CLIP_S,
+            sample_rate_hz: SAMPLE_RATE_HZ,
+            caption: item.caption.clone(),
+            caption_source: CaptionSource::User,
+            split: split_of(&item.piece),
+            corpus: Corpus::Import,
+            attributes,
+        });
+    }
+    if entries.is_empty() && refused.contains(&Refusal::Silent) {
+        return Err(dragon_audio::Error::Silent {
+            path: item.path.clone(),
+            expected_dbfs: clips::SILENCE_LUFS,
+            found_dbfs: dragon_audio::rms_dbfs(&audio.samples),
+        }
+        .into());
+    }
+    Ok((entries, refused))
+}
+
+/// Audio files below a folder, sorted, with the captions beside them.
+fn folder(root: &Path) -> Result<Vec<Item>> {
+    let mut items = Vec::new();
+    let mut folders = vec![root.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        for found in fs::read_dir(&folder).map_err(Error::io(&folder, "read"))? {
+            let path = found.map_err(Error::io(&folder, "read"))?.path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_lowercase();
+            if !AUDIO.contains(&extension.as_str()) {
+                continue;
+            }
+            let text = path.with_extension("txt");
+            let stem = path.file_stem().unwrap_or_default().to_string_lossy().to_string();
+            let caption = if text.exists() {
+                let caption = read_text(&text, "caption")?.split_whitespace().collect::<Vec<_>>().join(" ");
+                check_caption(&caption).map_err(|detail| Error::Input { what: "caption", path: text, detail })?;
+                caption
+            } else {
+                stem.replace(['_', '-'], " ")
+            };
+            let piece = path.strip_prefix(root).unwrap_or(&path).with_extension("");
+            let piece = piece.to_string_lossy().replace('\\', "/");
+            items.push(Item { path, caption, piece });
+        }
+    }
+    items.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(items)
+}
+
+/// The lines of a JSONL or CSV list.
+fn list(path: &Path) -> Result<Vec<Item>> {
+    let text = read_text(path, "list or folder of audio")?;
+    let is_csv = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("csv"));
+    let refuse = |line: usize, detail: String| Error::Line { path: path.to_path_buf(), line, detail };
+    let rows: Vec<(usize, Map<String, Value>)> = if is_csv {
+        let rows = parse_csv(path, &text)?;
+        rows.into_iter().map(|(n, row)| (n, row.into_iter().map(|(k, v)| (k, Value::String(v))).collect())).collect()
+    } else {
+        let lines = text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty());
+        lines
+            .map(|(i, line)| match serde_json::from_str(line) {
+                Ok(Value::Object(map)) => Ok((i + 1, map)),
+                Ok(_) => Err(refuse(i + 1, "expected an object, found another JSON value".into())),
+                Err(e) => Err(refuse(i + 1, format!("expected JSON, found something else ({e})"))),
+            })
+            .collect::<Result<_>>()?
+    };
+    let base = path.parent().unwrap_or(Path::new(""));
+    rows.into_iter()
+        .map(|(line, row)| {
+            let field = |names: &[&str]| names.iter().find_map(|n| row.get(*n)).and_then(Value::as_str);
+            let missing = |names: &[&str]| {
+                let found: Vec<&str> = row.keys().map(String::as_str).collect();
+                refuse(line, format!("expected a field `{}`, found {}", names.join("` or `"), found.join(", ")))
+            };
+            let audio = field(&["path", "audio", "file"]).ok_or_else(|| missing(&["path", "audio", "file"]))?;
+            let names = ["caption", "text", "prompt"];
+            let caption = field(&names).ok_or_else(|| missing(&names))?;
+            let caption = caption.split_whitespace().collect::<Vec<_>>().join(" ");
+            check_caption(&caption).map_err(|detail| refuse(line, detail))?;
+            let file = base.join(audio);
+            if !file.exists() {
+                return Err(refuse(line, format!("audio file `{}` does not exist", file.display())));
+            }
+            let piece = field(&["piece"]).unwrap_or(audio).to_string();
+            Ok(Item { path: file, caption, piece })
+        })
+        .collect()
+}
+
+fn check_caption(caption: &str) -> std::result::Result<(), String> {
+    match caption.chars().count() {
+        0 => Err("`caption`: expected words, found nothing".into()),
+        n if n > MAX_CAPTION_CHARS => Err(format!("`caption`: expected at most {MAX_CAPTION_CHARS} characters, found {n}")),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dragon_audio::{Audio, SampleFormat, write_wav};
+
+    use super::*;
+
+    fn write(path: &Path, seconds: f64, amplitude: f32) {
+        let n = (seconds * 44100.0) as usize;
+        let tone: Vec<f32> = (0..n).map(|i| amplitude * (i as f32 * 0.05).sin()).collect();
+        let audio = Audio { channels: vec![tone.clone(), tone], sample_rate_hz: 44100 };
+        write_wav(path, &audio, SampleFormat::Int16).unwrap();
+    }
+
+    fn options(from: PathBuf, out: &Path) -> Options {
+        Options { from, out: out.to_path_buf(), max_clips_per_file: None, skip_bad: false }
+    }
+
+    fn message(result: Result<Summary>) -> String {
+        result.unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_folder_becomes_clips_with_the_captions_beside_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, out) = (dir.path().join("in"), dir.path().join("out"));
+        fs::create_dir_all(from.join("sub")).unwrap();
+        write(&from.join("one_tone.wav"), 11.0, 0.3);
+        write(&from.join("sub/two.wav"), 6.0, 0.01);
+        fs::write(from.join("sub/two.txt"), "a quiet\n tone").unwrap();
+        let summary = import(&options(from, &out), &AtomicBool::new(false)).unwrap();
+        assert_eq!((summary.n_clips, summary.n_files), (3, 2));
+        let entries = crate::read_manifest(&out.join("manifest.jsonl")).unwrap();
+        let captions: Vec<&str> = entries.iter().map(|e| e.caption.as_str()).collect();
+        assert_eq!(captions, ["one tone", "one tone", "a quiet tone"]);
+        for entry in &entries {
+            let clip = dragon_audio::read(&out.join(&entry.path)).unwrap();
+            assert_eq!((clip.channels.len(), clip.n_samples(), clip.sample_rate_hz), (1, CLIP_SAMPLES, 16000));
+        }
+    }
+
+    #[test]
+    fn lists_name_their_bad_lines() {
+        let dir = tempfile::tempdir().unwrap();
+        write(&dir.path().join("a.wav"), 6.0, 0.3);
+        let cases = [
+            ("l.jsonl", "{\"path\":\"a.wav\",\"caption\":\"\"}", "line 1: `caption`: expected words, found nothing"),
+            ("l.jsonl", "{\"path\":\"b.wav\",\"text\":\"x\"}", "does not exist"),
+            ("l.jsonl", "{\"path\":\"a.wav\"}", "expected a field `caption` or `text` or `prompt`, found path"),
+            ("l.jsonl", "\n{\"path\":", "line 2: expected JSON"),
+            ("l.csv", "path,caption\na.wav,one,two\n", "line 2: expected 2 columns, found 3"),
+            ("l.csv", "path,caption\na.wav,\"one\n", "expected a closing quote"),
+        ];
+        for (name, text, want) in cases {
+            fs::write(dir.path().join(name), text).unwrap();
+            let got = message(import(&options(dir.path().join(name), &dir.path().join("o")), &AtomicBool::new(false)));
+            assert!(got.contains(want), "{got}");
+            assert!(!dir.path().join("o/manifest.jsonl").exists());
+        }
+        let long = format!("path,caption\na.wav,{}\n", "la ".repeat(400));
+        fs::write(dir.path().join("l.csv"), long).unwrap();
+        let got = message(import(&options(dir.path().join("l.csv"), &dir.path().join("o")), &AtomicBool::new(false)));
+        assert!(got.contains("expected at most 1000 characters, found 1199"), "{got}");
+    }
+
+    #[test]
+    fn unusable_audio_stops_or_is_left_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, out) = (dir.path().join("in"), dir.path().join("out"));
+        fs::create_dir_all(&from).unwrap();
+        write(&from.join("good.wav"), 6.0, 0.3);
+        write(&from.join("short.wav"), 2.0, 0.3);
+        let got = message(import(&options(from.clone(), &out), &AtomicBool::new(false)));
+        assert!(got.contains("is too short: expected at least 5.12 s, found 2.00 s"), "{got}");
+        write(&from.join("short.wav"), 6.0, 0.0);
+        let got = message(import(&options(from.clone(), &out), &AtomicBool::new(false)));
+        assert!(got.contains("is silent"), "{got}");
+        let skipping = Options { skip_bad: true, ..options(from, &out) };
+        let summary = import(&skipping, &AtomicBool::new(false)).unwrap();
+        assert_eq!((summary.n_clips, summary.left_out.len()), (1, 1));
+    }
+
+    #[test]
+    fn an_empty_folder_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let got = message(import(&options(dir.path().into(), &dir.path().join("o")), &AtomicBool::new(false)));
+        assert!(got.starts_with("no usable audio in"), "{got}");
+        let got = message(import(&options(dir.path().join("no"), &dir.path().join("o")), &AtomicBool::new(false)));
+        assert!(got.contains("does not exist"), "{got}");
+    }
+}
