@@ -141,7 +141,12 @@ impl Collective for InProcess {
         let mut sum: Option<Tensor> = None;
         for (rank, part) in all.iter().enumerate() {
             if part.dims() != x.dims() {
-                bail!("all_reduce_mean: rank {rank} has shape {:?}, rank {} {:?}", part.dims(), self.rank, x.dims());
+                bail!(
+                    "all_reduce_mean: rank {rank} has shape {:?}, rank {} {:?}",
+                    part.dims(),
+                    self.rank,
+                    x.dims()
+                );
             }
             sum = Some(match sum {
                 None => part.clone(),

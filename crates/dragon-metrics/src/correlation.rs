@@ -62,7 +62,11 @@ pub fn per_prompt_spearman(prompts: &[usize], a: &[f64], b: &[f64]) -> Result<(f
         }
     }
     if values.is_empty() {
-        return Err(Error::TooFew { what: "prompts with at least two different scores", expected: 1, found: 0 });
+        return Err(Error::TooFew {
+            what: "prompts with at least two different scores",
+            expected: 1,
+            found: 0,
+        });
     }
     Ok((values.iter().sum::<f64>() / values.len() as f64, values.len()))
 }

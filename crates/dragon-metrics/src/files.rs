@@ -46,7 +46,9 @@ pub fn read_stats(path: &Path, name: Option<&str>) -> Result<GaussianStats> {
         Some(name) => name.to_string(),
         None => match names.as_slice() {
             [only] => only.clone(),
-            [] => return Err(format_error(path, "it holds no statistics (entries `NAME.mu` and `NAME.cov`)")),
+            [] => {
+                return Err(format_error(path, "it holds no statistics (entries `NAME.mu` and `NAME.cov`)"));
+            }
             many => {
                 return Err(format_error(
                     path,
@@ -87,7 +89,10 @@ pub fn read_stats(path: &Path, name: Option<&str>) -> Result<GaussianStats> {
         Some(Array { data, .. }) => match data.as_slice() {
             [n] if *n >= 2.0 && n.fract() == 0.0 && *n < 1e15 => Some(*n as usize),
             other => {
-                return Err(format_error(path, format!("`{n_key}` is {other:?}, expected one count of at least 2")));
+                return Err(format_error(
+                    path,
+                    format!("`{n_key}` is {other:?}, expected one count of at least 2"),
+                ));
             }
         },
     };
@@ -149,7 +154,10 @@ pub fn read_embeddings(path: &Path, key: Option<&str>) -> Result<Rows> {
         [dim] => (1, *dim),
         [n, dim] => (*n, *dim),
         other => {
-            return Err(format_error(path, format!("embeddings have shape {other:?}, expected [N, D] or [D]")));
+            return Err(format_error(
+                path,
+                format!("embeddings have shape {other:?}, expected [N, D] or [D]"),
+            ));
         }
     };
     Rows::new(n, dim, array.data).map_err(|e| e.within(format!("`{}`", path.display())))
@@ -219,7 +227,8 @@ fn read_bytes(path: &Path) -> Result<Vec<u8>> {
 
 fn open_zip(path: &Path) -> Result<ZipArchive<BufReader<File>>> {
     let file = File::open(path).map_err(io_error("read", path))?;
-    ZipArchive::new(BufReader::new(file)).map_err(|e| format_error(path, format!("not a .npz (zip) archive: {e}")))
+    ZipArchive::new(BufReader::new(file))
+        .map_err(|e| format_error(path, format!("not a .npz (zip) archive: {e}")))
 }
 
 /// Arrays of a `.npz` archive, sorted; entries whose name is not text cannot be asked for and are left out.
@@ -240,7 +249,12 @@ fn keys(path: &Path) -> Result<Vec<String>> {
                 .map_err(|e| format_error(path, format!("not a safetensors file: {e}")))?;
             tensors.names().into_iter().map(String::from).collect()
         }
-        Kind::Npy => return Err(format_error(path, "a .npy file holds one unnamed array, expected .npz or .safetensors")),
+        Kind::Npy => {
+            return Err(format_error(
+                path,
+                "a .npy file holds one unnamed array, expected .npz or .safetensors",
+            ));
+        }
     };
     keys.sort();
     Ok(keys)
@@ -258,14 +272,15 @@ fn read_arrays(path: &Path, wanted: &[&str]) -> Result<BTreeMap<String, Array>> 
             }
             let mut entry =
                 zip.by_name(&name).map_err(|e| format_error(path, format!("entry `{key}`: {e}")))?;
-            let array = npy_from(&mut entry).map_err(|e| format_error(path, format!("entry `{key}`: {e}")))?;
+            let array =
+                npy_from(&mut entry).map_err(|e| format_error(path, format!("entry `{key}`: {e}")))?;
             arrays.insert(key.to_string(), array);
         }
         return Ok(arrays);
     }
     let bytes = read_bytes(path)?;
-    let tensors =
-        SafeTensors::deserialize(&bytes).map_err(|e| format_error(path, format!("not a safetensors file: {e}")))?;
+    let tensors = SafeTensors::deserialize(&bytes)
+        .map_err(|e| format_error(path, format!("not a safetensors file: {e}")))?;
     for &key in wanted {
         let tensor = tensors.tensor(key).map_err(|_| {
             let mut names: Vec<_> = tensors.names().into_iter().map(String::from).collect();
@@ -280,7 +295,10 @@ fn read_arrays(path: &Path, wanted: &[&str]) -> Result<BTreeMap<String, Array>> 
             Dtype::BF16 => decode::<2>(raw, |b| bf16::from_le_bytes(b).into()),
             Dtype::I64 => decode::<8>(raw, |b| i64::from_le_bytes(b) as f64),
             other => {
-                return Err(format_error(path, format!("`{key}` has type {other:?}, expected F16, BF16, F32 or F64")));
+                return Err(format_error(
+                    path,
+                    format!("`{key}` has type {other:?}, expected F16, BF16, F32 or F64"),
+                ));
             }
         };
         arrays.insert(key.to_string(), Array { shape: tensor.shape().to_vec(), data });
@@ -299,7 +317,9 @@ fn read_npy(path: &Path) -> Result<Array> {
 
 fn npy_from(reader: &mut dyn Read) -> std::result::Result<Array, String> {
     let mut start = [0u8; 8];
-    reader.read_exact(&mut start).map_err(|_| "not a .npy array: shorter than its magic number".to_string())?;
+    reader
+        .read_exact(&mut start)
+        .map_err(|_| "not a .npy array: shorter than its magic number".to_string())?;
     if &start[..6] != b"\x93NUMPY" {
         return Err("not a .npy array: wrong magic number".into());
     }
@@ -376,7 +396,8 @@ struct Header {
 
 impl Header {
     fn parse(text: &str) -> std::result::Result<Self, String> {
-        let bad = |what: &str| format!("header `{}`: {what}", text.trim().chars().take(120).collect::<String>());
+        let bad =
+            |what: &str| format!("header `{}`: {what}", text.trim().chars().take(120).collect::<String>());
         let mut rest = text.trim();
         rest = rest.strip_prefix('{').ok_or_else(|| bad("expected `{`"))?.trim_start();
         let (mut descr, mut fortran_order, mut shape) = (None, None, None);
@@ -449,12 +470,18 @@ fn npy_bytes(array: &Array) -> Vec<u8> {
 
 fn write_arrays(path: &Path, arrays: &BTreeMap<String, Array>) -> Result<()> {
     let bytes = match kind(path)? {
-        Kind::Npy => return Err(format_error(path, "a .npy file holds one unnamed array, use .npz or .safetensors")),
-        Kind::Npz => npz_bytes(arrays).map_err(|e| format_error(path, format!("cannot make the archive: {e}")))?,
+        Kind::Npy => {
+            return Err(format_error(path, "a .npy file holds one unnamed array, use .npz or .safetensors"));
+        }
+        Kind::Npz => {
+            npz_bytes(arrays).map_err(|e| format_error(path, format!("cannot make the archive: {e}")))?
+        }
         Kind::Safetensors => {
             let raw: Vec<(String, Vec<usize>, Vec<u8>)> = arrays
                 .iter()
-                .map(|(k, a)| (k.clone(), a.shape.clone(), a.data.iter().flat_map(|v| v.to_le_bytes()).collect()))
+                .map(|(k, a)| {
+                    (k.clone(), a.shape.clone(), a.data.iter().flat_map(|v| v.to_le_bytes()).collect())
+                })
                 .collect();
             let views = raw
                 .iter()

@@ -124,11 +124,8 @@ impl FrechetReference {
         let mut cross = 0.0;
         if keep > 0 {
             let y = product(view(&centered, n, rows.dim()), self.factor.as_ref()); // [n, r]
-            let gram = if n <= y.ncols() {
-                gram_lower(y.as_ref(), scale)
-            } else {
-                gram_lower(y.transpose(), scale)
-            };
+            let gram =
+                if n <= y.ncols() { gram_lower(y.as_ref(), scale) } else { gram_lower(y.transpose(), scale) };
             cross = sum_of_roots(&symmetric_eigenvalues(gram.as_ref())?, keep);
         }
         Ok(self.combine(&mean, dot(&centered, &centered) * scale, cross))
@@ -485,7 +482,8 @@ impl FrechetWalk<'_> {
             }
             change.retain(|_, w| *w != 0.0);
         }
-        let rows = |weights: &BTreeMap<usize, f64>| -> usize { weights.keys().map(|&s| pool.ranges[s].len()).sum() };
+        let rows =
+            |weights: &BTreeMap<usize, f64>| -> usize { weights.keys().map(|&s| pool.ranges[s].len()).sum() };
         let second = match &self.base {
             Some((_, second)) if 2 * rows(&change) < rows(&plan.weights) => {
                 let mut moved = second.clone();

@@ -21,7 +21,11 @@ const FAER_FROM: usize = 32;
 pub fn symmetric_eigenvalues(lower: MatRef<'_, f64>) -> Result<Vec<f64>> {
     let n = lower.nrows();
     if lower.ncols() != n {
-        return Err(Error::Dimension { what: "columns of a symmetric matrix", expected: n, found: lower.ncols() });
+        return Err(Error::Dimension {
+            what: "columns of a symmetric matrix",
+            expected: n,
+            found: lower.ncols(),
+        });
     }
     if n == 0 {
         return Ok(Vec::new());
@@ -31,7 +35,8 @@ pub fn symmetric_eigenvalues(lower: MatRef<'_, f64>) -> Result<Vec<f64>> {
         full.symmetric_eigenvalues().iter().copied().collect()
     } else {
         let mut values = Diag::<f64>::zeros(n);
-        let scratch = self_adjoint_evd_scratch::<f64>(n, ComputeEigenvectors::No, Par::Seq, Default::default());
+        let scratch =
+            self_adjoint_evd_scratch::<f64>(n, ComputeEigenvectors::No, Par::Seq, Default::default());
         self_adjoint_evd(
             lower,
             values.as_mut(),
@@ -57,7 +62,11 @@ pub fn symmetric_eigenvalues(lower: MatRef<'_, f64>) -> Result<Vec<f64>> {
 pub fn symmetric_eigen(lower: MatRef<'_, f64>) -> Result<(Vec<f64>, Mat<f64>)> {
     let n = lower.nrows();
     if lower.ncols() != n {
-        return Err(Error::Dimension { what: "columns of a symmetric matrix", expected: n, found: lower.ncols() });
+        return Err(Error::Dimension {
+            what: "columns of a symmetric matrix",
+            expected: n,
+            found: lower.ncols(),
+        });
     }
     let mut values = Diag::<f64>::zeros(n);
     let mut vectors = Mat::<f64>::zeros(n, n);

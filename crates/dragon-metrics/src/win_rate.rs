@@ -29,7 +29,11 @@ pub struct WinRate {
 /// If the lengths differ, there is nothing to compare, or a value is not finite.
 pub fn win_rate(a: &[f64], b: &[f64], better: Better) -> Result<WinRate> {
     if a.len() != b.len() {
-        return Err(Error::Dimension { what: "scores of the second system", expected: a.len(), found: b.len() });
+        return Err(Error::Dimension {
+            what: "scores of the second system",
+            expected: a.len(),
+            found: b.len(),
+        });
     }
     if a.is_empty() {
         return Err(Error::TooFew { what: "comparisons", expected: 1, found: 0 });

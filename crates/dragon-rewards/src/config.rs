@@ -141,7 +141,9 @@ impl RewardConfig {
     pub fn references(&self) -> Vec<(Source, Exemplars)> {
         let mut references = Vec::new();
         self.visit(&mut |leaf| {
-            let (RewardConfig::PerSongFad { exemplars, .. } | RewardConfig::DatasetFad { exemplars, .. }) = leaf else {
+            let (RewardConfig::PerSongFad { exemplars, .. } | RewardConfig::DatasetFad { exemplars, .. }) =
+                leaf
+            else {
                 return;
             };
             if let Some(source) = leaf.source() {
@@ -158,7 +160,8 @@ impl RewardConfig {
     pub fn needs_text(&self, source: &Source) -> bool {
         let mut needed = false;
         self.visit(&mut |leaf| {
-            needed |= matches!(leaf, RewardConfig::ClapScore { .. }) && leaf.source().as_ref() == Some(source);
+            needed |=
+                matches!(leaf, RewardConfig::ClapScore { .. }) && leaf.source().as_ref() == Some(source);
         });
         needed
     }
@@ -186,17 +189,18 @@ impl RewardConfig {
     /// # Errors
     /// If a name is empty, a weight is not finite or all are zero, a list is empty, or a mix is inside another reward.
     pub fn validate(&self) -> Result<()> {
-        let bad = |key, expected: &str, found: String| {
-            Err(Error::Config { key, expected: expected.into(), found })
-        };
+        let bad =
+            |key, expected: &str, found: String| Err(Error::Config { key, expected: expected.into(), found });
         match self {
             RewardConfig::RandomMix { rewards } if rewards.is_empty() => {
                 bad("rewards", "at least one reward", "an empty list".into())
             }
             RewardConfig::RandomMix { rewards } => rewards.iter().try_for_each(|r| match r {
-                RewardConfig::RandomMix { .. } => {
-                    bad("rewards", "rewards other than `random_mix` (write one list)", "a `random_mix`".into())
-                }
+                RewardConfig::RandomMix { .. } => bad(
+                    "rewards",
+                    "rewards other than `random_mix` (write one list)",
+                    "a `random_mix`".into(),
+                ),
                 r => r.validate(),
             }),
             RewardConfig::WeightedSum { terms } if terms.is_empty() => {
@@ -217,7 +221,8 @@ impl RewardConfig {
                 })
             }
             leaf => {
-                let source = leaf.source().unwrap_or(Source { encoder: String::new(), setting: String::new() });
+                let source =
+                    leaf.source().unwrap_or(Source { encoder: String::new(), setting: String::new() });
                 if source.encoder.is_empty() {
                     return bad("encoder", "the name of an encoder", "empty".into());
                 }
@@ -289,7 +294,8 @@ impl RewardSet {
             RewardConfig::RandomMix { rewards } => rewards.iter().collect(),
             single => vec![single],
         };
-        let rewards = parts.iter().map(|part| build_one(part, &sources, &made)).collect::<Result<Vec<_>>>()?;
+        let rewards =
+            parts.iter().map(|part| build_one(part, &sources, &made)).collect::<Result<Vec<_>>>()?;
         Ok(Self { labels: parts.iter().map(|p| p.label()).collect(), sources, rewards })
     }
 

@@ -94,7 +94,12 @@ pub fn unpaired(reward: &Reward, songs: &[&Song], split: Split) -> Result<Demons
         });
     };
     if songs.len() < 2 {
-        return Err(dragon_metrics::Error::TooFew { what: "songs to split", expected: 2, found: songs.len() }.into());
+        return Err(dragon_metrics::Error::TooFew {
+            what: "songs to split",
+            expected: 2,
+            found: songs.len(),
+        }
+        .into());
     }
     let scores = scores(reward.as_ref(), songs)?;
     let mean = scores.iter().sum::<f64>() / scores.len() as f64;

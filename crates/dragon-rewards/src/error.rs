@@ -19,7 +19,9 @@ pub enum Error {
     #[error("the song carries no text embedding of its prompt, which the CLAP score compares it with")]
     MissingText,
     /// D1 and D2 must be paired.
-    #[error("D1 has {first} songs and D2 {second}, expected equal numbers (pair i holds song i of both) and at least one")]
+    #[error(
+        "D1 has {first} songs and D2 {second}, expected equal numbers (pair i holds song i of both) and at least one"
+    )]
     UnequalSets {
         /// Songs in D1.
         first: usize,
@@ -63,7 +65,9 @@ pub enum Error {
         reason: String,
     },
     /// A saved state that does not belong to this reward.
-    #[error("saved reward state holds {found} normalisers, expected {expected}; was the reward config changed?")]
+    #[error(
+        "saved reward state holds {found} normalisers, expected {expected}; was the reward config changed?"
+    )]
     State {
         /// Normalisers of this reward.
         expected: usize,
