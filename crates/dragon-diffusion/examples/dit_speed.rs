@@ -31,7 +31,7 @@ fn main() -> Result<()> {
         let denoised = model.denoise_with(&x0, &sigmas, &context)?;
         let loss = denoising_errors(&model.edm, Weighting::Edm, &denoised, &x0, &sigmas)?.mean_all()?;
         let forward = seconds(start);
-        let gradients = loss.backward()?;
+        let gradients = dragon_nn::backward(&loss)?;
         let backward = seconds(start) - forward;
         optimizer.step(&gradients)?;
         let all = seconds(start);
