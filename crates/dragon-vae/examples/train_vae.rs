@@ -68,14 +68,14 @@ fn main() -> AnyResult<()> {
         training.len_params(),
         3.0 * model.flops_per_second() / 1e9
     );
-    let every = (held_out.len() / 32).max(1);
+    let every = (held_out.len() / 12).max(1);
     let valid: Vec<_> = (0..held_out.len())
         .step_by(every)
-        .take(32)
+        .take(setting("N_VALID", 12.0) as usize)
         .map(|i| held_out.whole(i, hop, &device))
         .collect::<Result<_, _>>()?;
     let stats: Vec<_> = (0..train.len())
-        .step_by((train.len() / 300).max(1))
+        .step_by((train.len() / 60).max(1))
         .map(|i| train.whole(i, hop, &device))
         .collect::<Result<_, _>>()?;
     let save = |training: &Training, step: usize| -> AnyResult<()> {
@@ -83,6 +83,7 @@ fn main() -> AnyResult<()> {
         std::fs::write(&progress, serde_json::to_string(&step)?)?;
         Ok(())
     };
+    let export_after = setting("EXPORT_AFTER", 500.0) as usize;
     let begin = Instant::now();
     let mut last_save = Instant::now();
     let mut sums: BTreeMap<&'static str, (f64, usize)> = BTreeMap::new();
@@ -110,7 +111,9 @@ fn main() -> AnyResult<()> {
         }
         if last_save.elapsed().as_secs() > 180 {
             save(&training, step)?;
-            training.export(&out.join("model"), &stats)?;
+            if step > export_after {
+                training.export(&out.join("model"), &stats)?;
+            }
             last_save = Instant::now();
         }
     }

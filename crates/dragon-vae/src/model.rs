@@ -169,7 +169,7 @@ impl Decoder {
             }
             // Transposed convolution, kernel 2s, padding p: input i reaches outputs i*s - p … i*s - p + 2s - 1.
             let (s, p) = (stride as i64, stride.div_ceil(2) as i64);
-            span = ((span.0 + p - 2 * s + 1).div_euclid(s), (span.1 - 1 + p).div_euclid(s) + 1);
+            span = ((span.0 + p - s).div_euclid(s), (span.1 - 1 + p).div_euclid(s) + 1);
         }
         widen(span, 3) // conv_in, kernel 7
     }

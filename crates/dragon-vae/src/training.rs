@@ -63,15 +63,15 @@ impl TrainingConfig {
         Self {
             n_steps: 2500,
             warmup_steps: 50,
-            lr: 1e-3,
+            lr: 8e-4,
             discriminator_lr: 3e-4,
-            max_grad_norm: 10.0,
+            max_grad_norm: 3.0,
             ema_decay: 0.995,
             weights: LossWeights {
                 mel: 1.0,
                 stft: 1.0,
                 waveform: 5.0,
-                kl: 3e-3,
+                kl: 5e-4,
                 adversarial: 0.1,
                 feature_matching: 0.5,
             },
@@ -157,6 +157,7 @@ impl Training {
         let (encoder, decoder, critic) = (Params::new(seed), Params::new(seed), Params::new(seed));
         let vae = AudioVae::from_parts(model, encoder.builder(dtype, device), decoder.builder(dtype, device))?;
         let discriminator = Discriminator::new(&cfg.discriminator, critic.builder(dtype, device))?;
+        initialise(model, &encoder, &decoder)?;
         let encoder = Group::new(encoder, cfg, cfg.lr)?;
         let decoder = Group::new(decoder, cfg, cfg.lr)?;
         let averaged = AudioVae::from_parts(
@@ -167,7 +168,7 @@ impl Training {
         Ok(Self {
             discriminator_group: Group::new(critic, cfg, cfg.discriminator_lr)?,
             mel: MelLoss::dac(model.sample_rate_hz, dtype, device)?,
-            stft: StftLoss::new(&[2048, 512]),
+            stft: StftLoss::new(&[2048, 1024, 512, 128]),
             cfg: cfg.clone(),
             model: vae,
             encoder,
@@ -248,7 +249,7 @@ impl Training {
             let loss = discriminator_loss(&fake, &real)?;
             log.push(("discriminator", scalar(&loss)?));
             let lr = self.cfg.discriminator_lr * scale;
-            log.push(("discriminator_grad_norm", self.discriminator_group.update(&loss.backward()?, lr)?));
+            log.push(("discriminator_grad_norm", self.discriminator_group.update(&dragon_nn::backward(&loss)?, lr)?));
             let fake = self.discriminator.forward(&estimate)?;
             let real = self.discriminator.forward(&audio)?;
             terms.push(("adversarial", w.adversarial, generator_loss(&fake)?));
@@ -268,7 +269,7 @@ impl Training {
             let terms: Vec<String> = log.iter().map(|(name, value)| format!("{name} {value}")).collect();
             bail!("VAE training: the loss of step {step} is not finite ({})", terms.join(", "));
         }
-        let grads = loss.backward()?;
+        let grads = dragon_nn::backward(&loss)?;
         let lr = self.cfg.lr * scale;
         if !self.cfg.freeze_encoder {
             log.push(("encoder_grad_norm", self.encoder.update(&grads, lr)?));
@@ -344,6 +345,45 @@ impl Training {
         }
         vae::save(dir, &cfg, &tensors).map_err(candle_core::Error::wrap)
     }
+}
+
+/// Changes the layers' initial biases and gains so that the signal, not the biases, is what later layers see.
+///
+/// With PyTorch's default (biases of the weights' size, gains of 1/√3) the latents' share in the decoder's output is half a
+/// percent at the start, and training settles on one spectrum for all music; DAC starts with zero biases too
+/// (`init_weights`). Gains: 1 keeps the variance in a convolution with stride 1; a transposed one reads two taps of
+/// `Cin` per sample, which asks for `√(stride · Cout / Cin)`; the second convolution of a residual unit starts low. The ends
+/// map audio of RMS 0.1 to latents of RMS 1 and back, and the posterior starts with a deviation of e^-2.
+fn initialise(cfg: &Config, encoder: &Params, decoder: &Params) -> Result<()> {
+    let n = cfg.strides.len();
+    let (first, last) = ("encoder.block.0".to_string(), format!("encoder.block.{}", n + 2));
+    let decoder_last = format!("decoder.model.{}", n + 2);
+    for (name, var) in encoder.names_and_vars().into_iter().chain(decoder.names_and_vars()) {
+        let Some((layer, parameter)) = name.rsplit_once('.') else { continue };
+        let dims = var.dims().to_vec();
+        let mut values = vec![0f32; var.elem_count()];
+        match parameter {
+            "bias" if layer == last => values[cfg.latent_dim..].fill(-4.0),
+            "bias" => {}
+            "weight_g" if layer == last => {
+                values[..cfg.latent_dim].fill(1.0);
+                values[cfg.latent_dim..].fill(0.05);
+            }
+            "weight_g" if layer == first => values.fill(4.0),
+            "weight_g" if layer == decoder_last => values.fill(0.15),
+            // Names have 3 parts at the ends, 5 in a stage, 7 in a residual unit of a stage.
+            "weight_g" if layer.split('.').count() == 7 && layer.ends_with(".3") => values.fill(0.3),
+            "weight_g" if layer.starts_with("decoder") && layer.split('.').count() == 5 => {
+                let stage: usize = layer.split('.').nth(2).and_then(|s| s.parse().ok()).unwrap_or(1);
+                let (stride, to) = (cfg.strides[n - stage], cfg.decoder_channels[n - stage]);
+                values.fill((stride as f32 * to as f32 / dims[0] as f32).sqrt());
+            }
+            "weight_g" => values.fill(1.0),
+            _ => continue,
+        }
+        var.set(&Tensor::from_vec(values, dims, var.device())?.to_dtype(var.dtype())?)?;
+    }
+    Ok(())
 }
 
 /// Mean and standard deviation of each latent channel (posterior means) over clips `[B, audio_channels, samples]`.
