@@ -1,7 +1,7 @@
 //! From generations to what a reward sees: named encoders and settings, resolved and loaded once.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use dragon_encoders::clap::ClapEncoder;
@@ -172,41 +172,31 @@ impl Embedder {
             .ok_or_else(|| Error::Bug(format!("{}/{} was not loaded", source.encoder, source.setting)))
     }
 
-    /// What the rewards see of a batch of generations: one view a source, with the prompt's text embedding for encoders
-    /// that read text.
+    /// What the rewards see of a batch of songs: one view a source, with the prompt's text embedding for encoders that
+    /// read text.
     ///
     /// # Errors
-    /// If a clip is too short or not finite for an encoder.
-    pub fn songs(
-        &self,
-        sources: &[Source],
-        bundle: &Bundle,
-        latents: &Tensor,
-        clips: &[Vec<f32>],
-        captions: &[&str],
-    ) -> Result<Vec<Song>> {
-        let mut songs: Vec<Song> = clips.iter().map(|_| Song { views: Vec::new() }).collect();
+    /// If a clip is too short or not finite for an encoder, or a source needs the model folder or captions and has none.
+    pub fn songs(&self, sources: &[Source], batch: &Batch) -> Result<Vec<Song>> {
+        let mut songs: Vec<Song> = batch.clips.iter().map(|_| Song { views: Vec::new() }).collect();
         for source in sources {
             let (encoder, setting) = self.resolve(source)?;
-            let rows = match (encoder, setting) {
-                (Encoder::Vae, Setting::Vae { latent_direct: true }) => {
+            let rows = match (encoder, setting, batch.latents) {
+                (Encoder::Vae, Setting::Vae { latent_direct: true }, Some(latents)) => {
                     latent_rows(latents).map_err(Error::input("cannot embed latents"))?
                 }
-                (Encoder::Vae, _) => {
-                    let views: Vec<&[f32]> = clips.iter().map(Vec::as_slice).collect();
-                    latent_rows(&bundle.encode(&views)?).map_err(Error::input("cannot embed latents"))?
-                }
-                (encoder, setting) => {
+                (Encoder::Vae, ..) => reencode(needed(batch.bundle)?, batch)?,
+                (encoder, setting, _) => {
                     let encoder = encoder.audio().ok_or_else(|| Error::Bug("encoder without audio".into()))?;
-                    embed_clips(encoder, setting, clips, bundle.sample_rate_hz(), captions)?
+                    embed_clips(encoder, setting, batch)?
                 }
             };
-            let texts = match encoder {
-                Encoder::Clap(clap) => Some(text_rows(clap, captions)?),
+            let texts = match (encoder, batch.captions) {
+                (Encoder::Clap(clap), Some(captions)) => Some(text_rows(clap, captions)?),
                 _ => None,
             };
             for (i, (song, rows)) in songs.iter_mut().zip(rows).enumerate() {
-                let embeddings = embed::rows(&rows).map_err(Error::input(format!("embedding of {:?}", captions[i])))?;
+                let embeddings = embed::rows(&rows).map_err(Error::input(format!("embedding of {}", batch.name(i))))?;
                 let text = texts.as_ref().map(|t| t.row(i).iter().map(|&x| f64::from(x)).collect());
                 song.views.push(View { embeddings, text });
             }
@@ -222,7 +212,7 @@ impl Embedder {
         &self,
         source: &Source,
         exemplars: &Exemplars,
-        bundle: &Bundle,
+        bundle: Option<&Bundle>,
         ctx: &RunContext,
     ) -> Result<FrechetReference> {
         let (encoder, setting) = self.resolve(source)?;
@@ -231,7 +221,10 @@ impl Embedder {
                 let files = embed::audio_files(path)?;
                 match encoder.audio() {
                     Some(encoder) => embed::embed_files(encoder, setting, &files, ctx)?.into_iter().map(|s| s.rows).collect(),
-                    None => files.iter().map(|file| self.latents_of(file, bundle)).collect::<Result<_>>()?,
+                    None => {
+                        let bundle = needed(bundle)?;
+                        files.iter().map(|file| latents_of(file, bundle)).collect::<Result<_>>()?
+                    }
                 }
             }
             Exemplars::Texts { path } => {
@@ -251,52 +244,93 @@ impl Embedder {
             .map_err(Error::input("cannot make reference statistics"))
     }
 
-    fn latents_of(&self, file: &std::path::Path, bundle: &Bundle) -> Result<Rows> {
-        let clip = dragon_audio::read_mono(file, bundle.sample_rate_hz()).map_err(Error::input("cannot embed"))?;
-        let hop = bundle.vae.config().hop();
-        let whole = clip.samples.len() / hop * hop;
-        if whole == 0 {
-            return Err(Error::Data {
-                problem: format!("`{}` has {} samples, less than a latent frame of {hop}", file.display(), clip.samples.len()),
-                hint: "remove it from the exemplars".into(),
-            });
-        }
-        let latents = bundle.encode(&[&clip.samples[..whole]])?;
-        let rows = latent_rows(&latents).map_err(Error::input("cannot embed latents"))?;
-        embed::rows(&rows[0]).map_err(Error::input(format!("cannot embed `{}`", file.display())))
-    }
-
     /// Builds a reward, making the reference statistics it needs.
     ///
     /// # Errors
     /// If the config has no meaning or a reference cannot be made.
-    pub fn reward(&self, cfg: &RewardConfig, bundle: &Bundle, ctx: &RunContext) -> Result<RewardSet> {
+    pub fn reward(&self, cfg: &RewardConfig, bundle: Option<&Bundle>, ctx: &RunContext) -> Result<RewardSet> {
         RewardSet::build(cfg, |source, exemplars| self.reference(source, exemplars, bundle, ctx))
             .map_err(Error::input("cannot build the reward"))
     }
 }
 
+/// Songs to embed.
+#[derive(Clone, Copy)]
+pub struct Batch<'a> {
+    /// Mono audio.
+    pub clips: &'a [Vec<f32>],
+    /// Sample rate of all clips, Hz.
+    pub sample_rate_hz: u32,
+    /// The latents they were decoded from, `[B, C, T]`; `None` for audio from files.
+    pub latents: Option<&'a Tensor>,
+    /// The prompt of each; needed by the CLAP score only.
+    pub captions: Option<&'a [&'a str]>,
+    /// The model folder; needed for its VAE only.
+    pub bundle: Option<&'a Bundle>,
+}
+
+impl Batch<'_> {
+    fn name(&self, i: usize) -> String {
+        self.captions.map_or(format!("song {i}"), |captions| format!("the song for {:?}", captions[i]))
+    }
+}
+
+fn needed(bundle: Option<&Bundle>) -> Result<&Bundle> {
+    bundle.ok_or_else(|| Error::Data {
+        problem: "the encoder `vae` needs a model folder".into(),
+        hint: "name one, or use another encoder".into(),
+    })
+}
+
+/// Latent rows of clips: the VAE setting's round trip.
+fn reencode(bundle: &Bundle, batch: &Batch) -> Result<Vec<Embeddings>> {
+    let hop = bundle.vae.config().hop();
+    let whole = |clip: &[f32]| clip.len() / hop * hop;
+    let rows = |latents: &Tensor| latent_rows(latents).map_err(Error::input("cannot embed latents"));
+    let same = batch.clips.iter().all(|clip| clip.len() == batch.clips[0].len() && clip.len() == whole(clip));
+    if same && batch.sample_rate_hz == bundle.sample_rate_hz() && !batch.clips.is_empty() {
+        let views: Vec<&[f32]> = batch.clips.iter().map(Vec::as_slice).collect();
+        return rows(&bundle.encode(&views)?);
+    }
+    let mut out = Vec::with_capacity(batch.clips.len());
+    for (i, clip) in batch.clips.iter().enumerate() {
+        let clip = dragon_audio::resample(clip, batch.sample_rate_hz, bundle.sample_rate_hz())
+            .map_err(Error::input(format!("cannot embed {}", batch.name(i))))?;
+        if whole(&clip) == 0 {
+            return Err(Error::Data {
+                problem: format!("{} has {} samples, less than a latent frame of {hop}", batch.name(i), clip.len()),
+                hint: "leave it out".into(),
+            });
+        }
+        out.extend(rows(&bundle.encode(&[&clip[..whole(&clip)]])?)?);
+    }
+    Ok(out)
+}
+
+fn latents_of(file: &Path, bundle: &Bundle) -> Result<Rows> {
+    let clip = dragon_audio::read_mono(file, bundle.sample_rate_hz()).map_err(Error::input("cannot embed"))?;
+    let (clips, sample_rate_hz) = ([clip.samples], clip.sample_rate_hz);
+    let batch = Batch { clips: &clips, sample_rate_hz, latents: None, captions: None, bundle: Some(bundle) };
+    let context = format!("cannot embed `{}`", file.display());
+    let rows = reencode(bundle, &batch).map_err(Error::input(context.clone()))?;
+    embed::rows(&rows[0]).map_err(Error::input(context))
+}
+
 /// Embeds clips in parallel, in order.
-fn embed_clips(
-    encoder: &dyn AudioEncoder,
-    setting: &Setting,
-    clips: &[Vec<f32>],
-    sample_rate_hz: u32,
-    captions: &[&str],
-) -> Result<Vec<Embeddings>> {
+fn embed_clips(encoder: &dyn AudioEncoder, setting: &Setting, batch: &Batch) -> Result<Vec<Embeddings>> {
     let one = |(i, clip): (usize, &Vec<f32>)| -> Result<Embeddings> {
-        let context = || format!("cannot embed the generation for {:?}", captions[i]);
+        let context = || format!("cannot embed {}", batch.name(i));
         let resampled;
-        let samples = if encoder.sample_rate_hz() == sample_rate_hz {
+        let samples = if encoder.sample_rate_hz() == batch.sample_rate_hz {
             clip
         } else {
-            resampled = dragon_audio::resample(clip, sample_rate_hz, encoder.sample_rate_hz())
+            resampled = dragon_audio::resample(clip, batch.sample_rate_hz, encoder.sample_rate_hz())
                 .map_err(Error::input(context()))?;
             &resampled
         };
         encoder.embed_clip(samples, setting).map_err(Error::input(context()))
     };
-    let all: Vec<Result<Embeddings>> = clips.par_iter().enumerate().map(one).collect();
+    let all: Vec<Result<Embeddings>> = batch.clips.par_iter().enumerate().map(one).collect();
     all.into_iter().collect()
 }
 

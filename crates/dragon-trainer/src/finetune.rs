@@ -15,7 +15,7 @@ use dragon_rewards::{Demonstrations, Reward, RewardConfig, RewardSet, RunningSta
 use serde::{Deserialize, Serialize};
 
 use crate::bundle::{self, Bundle, Prompt, Split};
-use crate::embedder::{EmbedConfig, Embedder};
+use crate::embedder::{Batch, EmbedConfig, Embedder};
 use crate::error::{Error, Result};
 use crate::losses::{Errors, Labels, LossConfig, kto_baseline};
 use crate::pretrain::{self, LoopConfig, Outcome, Task};
@@ -182,9 +182,9 @@ pub fn run(cfg: &FinetuneConfig, ctx: &RunContext) -> Result<Outcome> {
     // The lock and the refusal to overwrite a run come before any weight is read.
     let resolved = Resolved { base: base_sha256(&cfg.bundle)?, config: cfg };
     let mut folder = crate::run::RunFolder::open(ctx, "finetune", &resolved)?;
-    let bundle = Bundle::load(&cfg.bundle, &Device::Cpu)?;
+    let bundle = Bundle::load(&cfg.bundle, &ctx.device)?;
     let embedder = Embedder::load(&cfg.embed, &cfg.reward.sources(), &bundle.device)?;
-    let rewards = embedder.reward(&cfg.reward, &bundle, ctx)?;
+    let rewards = embedder.reward(&cfg.reward, Some(&bundle), ctx)?;
     let mut task = FinetuneTask::new(cfg, &bundle, &embedder, rewards, train, valid, ctx)?;
     tracing::info!(
         "fine-tuning {:.2} M parameters towards {}",
@@ -345,10 +345,20 @@ impl<'a> FinetuneTask<'a> {
         let rows: Vec<Tensor> = rows.into_iter().flatten().collect();
         let latents = Tensor::cat(&rows, 0)?;
         let clips = self.bundle.decode(&latents)?;
-        let songs = self.embedder.songs(self.rewards.sources(), self.bundle, &latents, &clips, &captions)?;
+        let songs = self.embedder.songs(self.rewards.sources(), &self.batch(&latents, &clips, &captions))?;
         let (loudness_dbfs, centroid_hz) = rollout::monitors(&clips, self.bundle.sample_rate_hz());
         let captions = captions.into_iter().map(str::to_owned).collect();
         Ok(Generations { latents, cond, songs, captions, by_reference, loudness_dbfs, centroid_hz })
+    }
+
+    fn batch<'b>(&'b self, latents: &'b Tensor, clips: &'b [Vec<f32>], captions: &'b [&'b str]) -> Batch<'b> {
+        Batch {
+            clips,
+            sample_rate_hz: self.bundle.sample_rate_hz(),
+            latents: Some(latents),
+            captions: Some(captions),
+            bundle: Some(self.bundle),
+        }
     }
 
     /// Splits the songs of a step; gives the reward's index too.
@@ -460,7 +470,7 @@ impl<'a> FinetuneTask<'a> {
             };
             let part_loss = self.cfg.loss.evaluate(&errors, &labels, baseline, count)?;
             loss += f64::from(part_loss.to_scalar::<f32>()?);
-            total = Some(add_gradients(total, part_loss.backward()?, &self.policy)?);
+            total = Some(add_gradients(total, dragon_nn::backward(&part_loss)?, &self.policy)?);
         }
         let not_finite = |what: &str, value: f64| Error::NotFinite {
             what: what.to_owned(),
@@ -501,7 +511,7 @@ impl<'a> FinetuneTask<'a> {
         let latents = rollout::latents(model, &cond, &noise, sampler, self.cfg.rollout.batch, &quiet, &captions)?
             .ok_or_else(|| Error::Bug("sampling stopped without being asked".into()))?;
         let clips = self.bundle.decode(&latents)?;
-        self.embedder.songs(self.rewards.sources(), self.bundle, &latents, &clips, &captions)
+        self.embedder.songs(self.rewards.sources(), &self.batch(&latents, &clips, &captions))
     }
 }
 

@@ -3,7 +3,7 @@
 //! Read in this order: [`finetune`] (the DRAGON loop), [`losses`] (what it learns from D+ and D-), [`rollout`] and
 //! [`embedder`] (from prompts to what a reward sees), [`bundle`] (model folders); [`pretrain`] (the
 //! [`pretrain::Task`] trait and the loop all trainings share), [`run`] and [`checkpoint`] (run folders, exact resume),
-//! [`tensorboard`]; [`embed`] and [`report`].
+//! [`tensorboard`]; [`eval`] with [`report`], [`generate`], [`embed`].
 
 pub mod bundle;
 pub mod checkpoint;
@@ -11,7 +11,9 @@ pub mod device;
 pub mod embed;
 pub mod embedder;
 pub mod error;
+pub mod eval;
 pub mod finetune;
+pub mod generate;
 pub mod losses;
 pub mod pretrain;
 pub mod report;
@@ -20,5 +22,6 @@ pub mod run;
 pub mod tensorboard;
 
 pub use device::device;
+pub use dragon_diffusion::SamplerConfig;
 pub use error::{Error, Result};
 pub use run::{Progress, RunContext};

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use candle_core::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -51,6 +52,8 @@ pub struct RunContext {
     pub resume: bool,
     /// How progress is shown.
     pub progress: Progress,
+    /// Where tensors live.
+    pub device: Device,
     /// The command line, for `run.toml`.
     pub command: String,
     /// Commit of the program, for `run.toml`.
@@ -65,6 +68,7 @@ impl RunContext {
             stop: Arc::new(AtomicBool::new(false)),
             resume: false,
             progress: Progress::Quiet,
+            device: Device::Cpu,
             command: String::new(),
             commit: option_env!("DRAGON_COMMIT").unwrap_or("unknown").to_owned(),
         }

@@ -101,7 +101,8 @@ impl ClapConfig {
     /// Learning rate of a step: linear rise, half a cosine down, constant.
     fn lr(&self, step: usize) -> f64 {
         let rise = (step + 1) as f64 / (self.warmup_steps + 1) as f64;
-        let fall = step.saturating_sub(self.warmup_steps) as f64 / (self.decay_steps - self.warmup_steps) as f64;
+        let fall =
+            step.saturating_sub(self.warmup_steps) as f64 / (self.decay_steps - self.warmup_steps) as f64;
         let cosine = 0.5 + 0.5 * (std::f64::consts::PI * fall.min(1.0)).cos();
         self.optimizer.lr * rise.min(1.0) * (LAST_LR + (1.0 - LAST_LR) * cosine)
     }
@@ -128,7 +129,11 @@ impl Songs {
 }
 
 /// Reads a clip and computes its 16-bit log-mel spectrogram.
-fn spectrogram(path: &Path, config: &clap::Config, front_end: &LogMel) -> std::result::Result<Vec<i16>, String> {
+fn spectrogram(
+    path: &Path,
+    config: &clap::Config,
+    front_end: &LogMel,
+) -> std::result::Result<Vec<i16>, String> {
     let mut clip = dragon_audio::read_mono(path, config.audio.sample_rate_hz).map_err(|e| e.to_string())?;
     let (found, expected) = (clip.samples.len(), config.audio.clip_samples);
     if found < expected {
@@ -201,7 +206,10 @@ impl ClapTask {
         trained.tokens(&valid.captions).map_err(Error::input(context()))?;
         if let Some(first) = cut.first() {
             let (n, text) = (cut.len(), &train.captions[*first]);
-            tracing::warn!("{n} captions exceed {} tokens and are cut, the first: {text:?}", cfg.model.max_tokens);
+            tracing::warn!(
+                "{n} captions exceed {} tokens and are cut, the first: {text:?}",
+                cfg.model.max_tokens
+            );
         }
         let band_means = set_statistics(&trained, &train)?;
         let ema = Ema::new(&trained.params, cfg.ema_decay)?;
@@ -299,10 +307,14 @@ impl Task for ClapTask {
             }
         }
         let captions: Vec<&str> = batch.iter().map(|&i| self.train.captions[i].as_str()).collect();
-        let tokens = self.trained.tokens(&captions).map_err(Error::input("a caption of the training split"))?;
+        let tokens =
+            self.trained.tokens(&captions).map_err(Error::input("a caption of the training split"))?;
         let model = &self.trained.model;
         let audio = model.embed_log_mel(&self.tensor(rows)?)?; // [B, joint]
-        let text = model.embed_tokens(&tokens.ids, &tokens.mask)?; // [B, joint]
+        // columns of padding alone change nothing and cost as much as words
+        let longest = tokens.mask.sum(1)?.max(0)?.to_scalar::<f32>()? as usize;
+        let (ids, mask) = (tokens.ids.narrow(1, 0, longest)?, tokens.mask.narrow(1, 0, longest)?);
+        let text = model.embed_tokens(&ids, &mask)?; // [B, joint]
         let loss = clap::contrastive_loss(&audio, &text, model.logit_scale(), None)?;
         let value = f64::from(loss.to_scalar::<f32>()?);
         if !value.is_finite() {
@@ -312,7 +324,8 @@ impl Task for ClapTask {
         self.optimizer.set_lr(lr);
         let grad_norm = self.optimizer.step(&loss.backward()?)?;
         let name = "logit_scale_a";
-        let scale = self.trained.params.get(name).ok_or_else(|| Error::Bug(format!("CLAP has no `{name}`")))?;
+        let scale =
+            self.trained.params.get(name).ok_or_else(|| Error::Bug(format!("CLAP has no `{name}`")))?;
         scale.set(&scale.as_tensor().detach().clamp(0.0, MAX_LOGIT_SCALE)?)?;
         self.ema.update(&self.trained.params)?;
         let logit_scale = f64::from(scale.as_tensor().to_scalar::<f32>()?.exp());
@@ -326,7 +339,10 @@ impl Task for ClapTask {
             let rows = (start..n.min(start + 16)).map(|i| self.valid.spectrogram(i)).collect();
             audio.extend(self.averaged.model.embed_log_mel(&self.tensor(rows)?)?.detach().to_vec2::<f32>()?);
         }
-        let text = self.averaged.embed_captions(&self.valid.captions).map_err(Error::input("a validation caption"))?;
+        let text = self
+            .averaged
+            .embed_captions(&self.valid.captions)
+            .map_err(Error::input("a validation caption"))?;
         let scores = Retrieval::of(&audio, &text, &self.valid.captions);
         Ok(scores.scalars())
     }
@@ -437,17 +453,24 @@ impl Retrieval {
     ///
     /// # Errors
     /// If the manifest or a clip cannot be read, or a caption is empty.
-    pub fn on_pieces(encoder: &ClapEncoder, manifest: &Path, splits: &[Split], n_pieces: usize) -> Result<Self> {
+    pub fn on_pieces(
+        encoder: &ClapEncoder,
+        manifest: &Path,
+        splits: &[Split],
+        n_pieces: usize,
+    ) -> Result<Self> {
         let context = "the data of the CLAP evaluation";
         let mut seen = HashSet::new();
         let entries = read_manifest(manifest).map_err(Error::input(context))?;
-        let entries = entries.into_iter().filter(|e| splits.contains(&e.split) && seen.insert(e.piece.clone()));
+        let entries =
+            entries.into_iter().filter(|e| splits.contains(&e.split) && seen.insert(e.piece.clone()));
         let folder = manifest.parent().unwrap_or(Path::new("."));
         let (mut clips, mut captions) = (vec![], vec![]);
         let audio = &encoder.model.config().audio;
         for entry in entries.take(n_pieces) {
             let path = folder.join(&entry.path);
-            let mut clip = dragon_audio::read_mono(&path, audio.sample_rate_hz).map_err(Error::input(context))?;
+            let mut clip =
+                dragon_audio::read_mono(&path, audio.sample_rate_hz).map_err(Error::input(context))?;
             clip.samples.truncate(audio.clip_samples);
             peak_normalize(&mut clip.samples);
             clips.push(clip.samples);
@@ -485,7 +508,8 @@ mod tests {
         for i in 0..120usize {
             let pitch = names[i % 3];
             let hz = [200.0, 600.0, 1800.0][i % 3] * (1.0 + 0.003 * i as f32);
-            let samples = (0..6000).map(|t| 0.3 * (std::f32::consts::TAU * hz * t as f32 / 8000.0).sin()).collect();
+            let samples =
+                (0..6000).map(|t| 0.3 * (std::f32::consts::TAU * hz * t as f32 / 8000.0).sin()).collect();
             let path = format!("{i:03}.wav");
             let clip = dragon_audio::Clip { samples, sample_rate_hz: 8000 };
             dragon_audio::write_wav(&dir.join(&path), &clip, dragon_audio::SampleFormat::Int16).unwrap();
@@ -524,10 +548,7 @@ mod tests {
     fn bits(task: &ClapTask) -> Vec<u32> {
         let state = task.state().unwrap();
         let floats = state.values().filter(|t| t.dtype() == DType::F32);
-        floats
-            .flat_map(|t| t.flatten_all().unwrap().to_vec1::<f32>().unwrap())
-            .map(f32::to_bits)
-            .collect()
+        floats.flat_map(|t| t.flatten_all().unwrap().to_vec1::<f32>().unwrap()).map(f32::to_bits).collect()
     }
 
     #[test]
@@ -564,7 +585,8 @@ mod tests {
 
     #[test]
     fn perfect_and_reversed_embeddings_have_the_ranks_they_should() {
-        let rows: Vec<Vec<f32>> = (0..4).map(|i| (0..4).map(|j| f32::from(u8::from(i == j))).collect()).collect();
+        let rows: Vec<Vec<f32>> =
+            (0..4).map(|i| (0..4).map(|j| f32::from(u8::from(i == j))).collect()).collect();
         let captions: Vec<String> = (0..4).map(|i| format!("{i}")).collect();
         let perfect = Retrieval::of(&rows, &rows, &captions);
         assert_eq!((perfect.text.at_1, perfect.audio.median_rank), (1.0, 1.0));

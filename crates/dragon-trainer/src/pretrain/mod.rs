@@ -5,6 +5,7 @@
 
 pub mod clap;
 pub mod dit;
+pub mod vae;
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -1,0 +1,136 @@
+//! Prompts to audio files.
+
+use std::path::{Path, PathBuf};
+
+use dragon_audio::{Clip, SampleFormat};
+use dragon_diffusion::{Model, SamplerConfig};
+use serde::{Deserialize, Serialize};
+
+use crate::bundle::{self, Bundle};
+use crate::error::{Error, Result};
+use crate::rollout::{self, TextCache};
+use crate::run::{Meter, RunContext};
+
+/// Everything a generation depends on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GenerateConfig {
+    /// Seed. A prompt's noise comes from a hash of the prompt and this, so it is the same in every batch.
+    pub seed: u64,
+    /// Model folder.
+    pub bundle: PathBuf,
+    /// Folder of a tuned diffusion model (or of the run that made it) to use instead of the model folder's own.
+    pub tuned: Option<PathBuf>,
+    /// How latents are sampled.
+    pub sampler: SamplerConfig,
+    /// Songs sampled at a time; bounds memory and changes no number.
+    pub batch: usize,
+    /// Variants of each prompt, with seeds `seed`, `seed + 1` and so on.
+    pub variants: usize,
+    /// The prompts.
+    pub prompts: Vec<String>,
+}
+
+/// Generates the prompts and writes `OUT/NNN-words-of-the-prompt.wav`, 16-bit; gives the files in order.
+///
+/// # Errors
+/// If a prompt is empty, a file is missing or broken, or nothing can be written.
+pub fn run(cfg: &GenerateConfig, ctx: &RunContext) -> Result<Vec<PathBuf>> {
+    for (key, value) in [("batch", cfg.batch), ("variants", cfg.variants), ("sampler.n_steps", cfg.sampler.n_steps)] {
+        if value == 0 {
+            return Err(Error::config(key, "at least 1", value));
+        }
+    }
+    cfg.sampler.guidance.check().map_err(Error::input("sampler.guidance"))?;
+    if cfg.prompts.is_empty() {
+        return Err(Error::Data { problem: "there is no prompt".into(), hint: "give at least one".into() });
+    }
+    let bundle = Bundle::load(&cfg.bundle, &ctx.device)?;
+    let model = model_of(&bundle, cfg.tuned.as_deref())?;
+    std::fs::create_dir_all(&ctx.out_dir).map_err(Error::io("create", &ctx.out_dir))?;
+    let jobs: Vec<(&str, u64)> = cfg
+        .prompts
+        .iter()
+        .flat_map(|prompt| (0..cfg.variants as u64).map(move |v| (prompt.as_str(), cfg.seed.wrapping_add(v))))
+        .collect();
+    let texts = TextCache::default();
+    let mut meter = Meter::new(ctx.progress, jobs.len(), 0, 1.0, "songs");
+    let mut files = Vec::with_capacity(jobs.len());
+    for part in jobs.chunks(cfg.batch) {
+        let prompts: Vec<&str> = part.iter().map(|job| job.0).collect();
+        let noise = rollout::noise(&bundle, part)?;
+        let cond = texts.get(&bundle, &prompts)?;
+        let Some(latents) = rollout::latents(&model, &cond, &noise, &cfg.sampler, cfg.batch, ctx, &prompts)? else {
+            break; // stopped: what is written so far is whole
+        };
+        for (samples, prompt) in bundle.decode(&latents)?.into_iter().zip(prompts) {
+            let path = ctx.out_dir.join(format!("{:03}-{}.wav", files.len(), slug(prompt)));
+            let clip = Clip { samples, sample_rate_hz: bundle.sample_rate_hz() };
+            dragon_audio::write_wav(&path, &clip, SampleFormat::Int16).map_err(Error::input("cannot write audio"))?;
+            files.push(path);
+        }
+        meter.update(files.len(), &[], &[], false);
+    }
+    meter.finish();
+    Ok(files)
+}
+
+/// The model folder's diffusion model, or a tuned one, without gradients.
+///
+/// # Errors
+/// If the tuned folder holds no model, or one of another shape.
+pub fn model_of(bundle: &Bundle, tuned: Option<&Path>) -> Result<Model> {
+    let Some(tuned) = tuned else { return bundle.base_model() };
+    let dir = tuned_dir(tuned)?;
+    let (config, params) = bundle::load_dit(&dir, &bundle.device)?;
+    if config != bundle.dit_config {
+        return Err(Error::Content {
+            path: dir.join("config.json"),
+            problem: "describes another diffusion model than the model folder's `dit/config.json`".into(),
+            hint: "name the model folder that this model was tuned from".into(),
+        });
+    }
+    Ok(Model::new(&config, bundle::frozen(&params, &bundle.device))?)
+}
+
+/// Where the diffusion model of `path` lies: the folder itself, the `model/` of a run, or the `dit/` of a model folder.
+///
+/// # Errors
+/// If there is none.
+pub fn tuned_dir(path: &Path) -> Result<PathBuf> {
+    let candidates = [path.to_owned(), path.join("model"), path.join("dit")];
+    candidates.into_iter().find(|dir| dir.join("model.safetensors").exists()).ok_or_else(|| Error::Data {
+        problem: format!("`{}` holds no diffusion model", path.display()),
+        hint: "name a run folder with model/, a model folder with dit/, or a folder with config.json and model.safetensors"
+            .into(),
+    })
+}
+
+/// Lower-case words of a prompt, for a file name: at most 48 bytes, `a-z0-9` and `-`.
+pub(crate) fn slug(prompt: &str) -> String {
+    let mut out = String::new();
+    for c in prompt.chars() {
+        if out.len() >= 48 {
+            break;
+        }
+        if c.is_ascii_alphanumeric() {
+            out.push(c.to_ascii_lowercase());
+        } else if !out.is_empty() && !out.ends_with('-') {
+            out.push('-');
+        }
+    }
+    let out = out.trim_end_matches('-');
+    if out.is_empty() { "prompt".to_owned() } else { out.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_name_is_made_of_the_words_of_a_prompt() {
+        assert_eq!(slug("A slow, sad Waltz (in D)!"), "a-slow-sad-waltz-in-d");
+        assert_eq!(slug("…"), "prompt");
+        assert!(slug(&"word ".repeat(40)).len() <= 48);
+    }
+}
