@@ -16,9 +16,26 @@ pub struct RunningStats {
     /// Values seen.
     pub n: u64,
     /// Their mean.
+    #[serde(with = "exact")]
     pub mean: f64,
     /// Sum of squared deviations from the mean.
+    #[serde(with = "exact")]
     pub scatter: f64,
+}
+
+/// Floats as text: Rust prints the shortest digits that read back as the same bits, which not every format's own
+/// number parser does, and a resumed run must go on bit for bit.
+mod exact {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&format!("{value:?}"))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(|_| D::Error::custom(format!("`{text}` is not a number")))
+    }
 }
 
 impl RunningStats {
