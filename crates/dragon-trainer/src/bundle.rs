@@ -60,7 +60,9 @@ impl Bundle {
         if !dir.is_dir() {
             return Err(Error::Data {
                 problem: format!("there is no model folder `{}`", dir.display()),
-                hint: "a model folder holds vae/, t5/, dit/ and bundle.json; the shipped one is fixtures/tiny".into(),
+                hint:
+                    "a model folder holds vae/, t5/, dit/ and bundle.json; the shipped one is fixtures/tiny"
+                        .into(),
             });
         }
         let info: Info = read_json(&dir.join("bundle.json"))?;
@@ -80,8 +82,18 @@ impl Bundle {
     /// Whether the parts fit each other.
     fn check(&self) -> Result<()> {
         let pairs = [
-            ("the VAE's `latent_dim`", self.vae.config().latent_dim, "the DiT's `latent_channels`", self.dit_config.dit.latent_channels),
-            ("the T5's `d_model`", self.text.t5.config().d_model, "the DiT's `text_dim`", self.dit_config.dit.text_dim),
+            (
+                "the VAE's `latent_dim`",
+                self.vae.config().latent_dim,
+                "the DiT's `latent_channels`",
+                self.dit_config.dit.latent_channels,
+            ),
+            (
+                "the T5's `d_model`",
+                self.text.t5.config().d_model,
+                "the DiT's `text_dim`",
+                self.dit_config.dit.text_dim,
+            ),
         ];
         for (a, x, b, y) in pairs {
             if x != y {
@@ -95,7 +107,10 @@ impl Bundle {
         if self.info.n_frames == 0 || self.info.max_tokens == 0 {
             return Err(Error::Content {
                 path: self.dir.join("bundle.json"),
-                problem: format!("has n_frames {} and max_tokens {}", self.info.n_frames, self.info.max_tokens),
+                problem: format!(
+                    "has n_frames {} and max_tokens {}",
+                    self.info.n_frames, self.info.max_tokens
+                ),
                 hint: "both are at least 1".into(),
             });
         }
@@ -247,11 +262,16 @@ impl TextStates {
     /// If a file is missing or broken, or they do not fit each other.
     pub fn load(dir: &Path, max_tokens: usize, device: &Device) -> Result<Self> {
         let config: t5::Config = read_json(&dir.join("config.json"))?;
-        let tokenizer = Tokenizer::load(dir.join("tokenizer.json")).map_err(Error::input("cannot load the tokenizer"))?;
+        let tokenizer =
+            Tokenizer::load(dir.join("tokenizer.json")).map_err(Error::input("cannot load the tokenizer"))?;
         if tokenizer.vocab_size() > config.vocab_size {
             return Err(Error::Content {
                 path: dir.to_owned(),
-                problem: format!("has {} tokens in tokenizer.json, but vocab_size {}", tokenizer.vocab_size(), config.vocab_size),
+                problem: format!(
+                    "has {} tokens in tokenizer.json, but vocab_size {}",
+                    tokenizer.vocab_size(),
+                    config.vocab_size
+                ),
                 hint: "take both files from one training".into(),
             });
         }
@@ -350,7 +370,11 @@ pub fn prompts_of(path: &Path, split: Split, at_least: usize) -> Result<Vec<Prom
     if prompts.len() < at_least {
         let name = format!("{split:?}").to_lowercase();
         return Err(Error::Data {
-            problem: format!("`{}` has {} prompts of split `{name}`, {at_least} are needed", path.display(), prompts.len()),
+            problem: format!(
+                "`{}` has {} prompts of split `{name}`, {at_least} are needed",
+                path.display(),
+                prompts.len()
+            ),
             hint: "add prompts, or ask for fewer".into(),
         });
     }

@@ -66,16 +66,26 @@ impl EmbedConfig {
                 if latents != matches!(setting, Setting::Vae { .. }) {
                     return Err(Error::config(
                         "setting",
-                        if latents { "a setting of kind `vae` for the encoder `vae`" } else { "a setting of kind `ma` or `fadtk`" },
+                        if latents {
+                            "a setting of kind `vae` for the encoder `vae`"
+                        } else {
+                            "a setting of kind `ma` or `fadtk`"
+                        },
                         format!("`{}` with encoder `{}`", source.setting, source.encoder),
                     ));
                 }
                 if reward.needs_text(&source) && !matches!(encoder, EncoderConfig::Clap { .. }) {
-                    return Err(Error::config("encoder", "an encoder of kind `clap`, which reads text", &source.encoder));
+                    return Err(Error::config(
+                        "encoder",
+                        "an encoder of kind `clap`, which reads text",
+                        &source.encoder,
+                    ));
                 }
             }
             for (_, exemplars) in reward.references() {
-                let (Exemplars::Audio { path } | Exemplars::Texts { path } | Exemplars::Statistics { path, .. }) = &exemplars;
+                let (Exemplars::Audio { path }
+                | Exemplars::Texts { path }
+                | Exemplars::Statistics { path, .. }) = &exemplars;
                 if !path.exists() {
                     return Err(Error::io("read", path)(std::io::ErrorKind::NotFound.into()));
                 }
@@ -108,9 +118,9 @@ impl Encoder {
             EncoderConfig::Musicnn { weights } => {
                 Encoder::Audio(Box::new(Musicnn::load(weights).map_err(Error::input("cannot load musicnn"))?))
             }
-            EncoderConfig::Clap { dir } => {
-                Encoder::Clap(Box::new(ClapEncoder::load(dir, device).map_err(Error::input("cannot load CLAP"))?))
-            }
+            EncoderConfig::Clap { dir } => Encoder::Clap(Box::new(
+                ClapEncoder::load(dir, device).map_err(Error::input("cannot load CLAP"))?,
+            )),
             EncoderConfig::Vae => Encoder::Vae,
         })
     }
@@ -153,7 +163,11 @@ impl Embedder {
         let mut encoders = BTreeMap::new();
         for source in sources {
             let Some(encoder) = cfg.encoders.get(&source.encoder) else {
-                return Err(Error::config("encoder", format!("one of {}", names(&cfg.encoders)), &source.encoder));
+                return Err(Error::config(
+                    "encoder",
+                    format!("one of {}", names(&cfg.encoders)),
+                    &source.encoder,
+                ));
             };
             if encoders.contains_key(&source.encoder) {
                 continue;
@@ -187,7 +201,8 @@ impl Embedder {
                 }
                 (Encoder::Vae, ..) => reencode(needed(batch.bundle)?, batch)?,
                 (encoder, setting, _) => {
-                    let encoder = encoder.audio().ok_or_else(|| Error::Bug("encoder without audio".into()))?;
+                    let encoder =
+                        encoder.audio().ok_or_else(|| Error::Bug("encoder without audio".into()))?;
                     embed_clips(encoder, setting, batch)?
                 }
             };
@@ -196,7 +211,8 @@ impl Embedder {
                 _ => None,
             };
             for (i, (song, rows)) in songs.iter_mut().zip(rows).enumerate() {
-                let embeddings = embed::rows(&rows).map_err(Error::input(format!("embedding of {}", batch.name(i))))?;
+                let embeddings =
+                    embed::rows(&rows).map_err(Error::input(format!("embedding of {}", batch.name(i))))?;
                 let text = texts.as_ref().map(|t| t.row(i).iter().map(|&x| f64::from(x)).collect());
                 song.views.push(View { embeddings, text });
             }
@@ -220,7 +236,10 @@ impl Embedder {
             Exemplars::Audio { path } => {
                 let files = embed::audio_files(path)?;
                 match encoder.audio() {
-                    Some(encoder) => embed::embed_files(encoder, setting, &files, ctx)?.into_iter().map(|s| s.rows).collect(),
+                    Some(encoder) => embed::embed_files(encoder, setting, &files, ctx)?
+                        .into_iter()
+                        .map(|s| s.rows)
+                        .collect(),
                     None => {
                         let bundle = needed(bundle)?;
                         files.iter().map(|file| latents_of(file, bundle)).collect::<Result<_>>()?
@@ -229,7 +248,11 @@ impl Embedder {
             }
             Exemplars::Texts { path } => {
                 let Encoder::Clap(clap) = encoder else {
-                    return Err(Error::config("encoder", "an encoder of kind `clap`, which reads text", &source.encoder));
+                    return Err(Error::config(
+                        "encoder",
+                        "an encoder of kind `clap`, which reads text",
+                        &source.encoder,
+                    ));
                 };
                 let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
                 let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
@@ -298,7 +321,11 @@ fn reencode(bundle: &Bundle, batch: &Batch) -> Result<Vec<Embeddings>> {
             .map_err(Error::input(format!("cannot embed {}", batch.name(i))))?;
         if whole(&clip) == 0 {
             return Err(Error::Data {
-                problem: format!("{} has {} samples, less than a latent frame of {hop}", batch.name(i), clip.len()),
+                problem: format!(
+                    "{} has {} samples, less than a latent frame of {hop}",
+                    batch.name(i),
+                    clip.len()
+                ),
                 hint: "leave it out".into(),
             });
         }
@@ -308,7 +335,8 @@ fn reencode(bundle: &Bundle, batch: &Batch) -> Result<Vec<Embeddings>> {
 }
 
 fn latents_of(file: &Path, bundle: &Bundle) -> Result<Rows> {
-    let clip = dragon_audio::read_mono(file, bundle.sample_rate_hz()).map_err(Error::input("cannot embed"))?;
+    let clip =
+        dragon_audio::read_mono(file, bundle.sample_rate_hz()).map_err(Error::input("cannot embed"))?;
     let (clips, sample_rate_hz) = ([clip.samples], clip.sample_rate_hz);
     let batch = Batch { clips: &clips, sample_rate_hz, latents: None, captions: None, bundle: Some(bundle) };
     let context = format!("cannot embed `{}`", file.display());
@@ -363,7 +391,10 @@ mod tests {
     }
 
     fn vendi(encoder: &str, setting: &str) -> RewardConfig {
-        toml::from_str(&format!("kind='vendi'\nencoder='{encoder}'\nsetting='{setting}'\npooling='song_mean'")).unwrap()
+        toml::from_str(&format!(
+            "kind='vendi'\nencoder='{encoder}'\nsetting='{setting}'\npooling='song_mean'"
+        ))
+        .unwrap()
     }
 
     #[test]

@@ -176,7 +176,11 @@ impl EvalConfig {
     /// # Errors
     /// For the first key that cannot work.
     pub fn check(&self) -> Result<()> {
-        let counts = [("n_prompts", self.n_prompts, 2), ("batch", self.batch, 1), ("sampler.n_steps", self.sampler.n_steps, 1)];
+        let counts = [
+            ("n_prompts", self.n_prompts, 2),
+            ("batch", self.batch, 1),
+            ("sampler.n_steps", self.sampler.n_steps, 1),
+        ];
         for (key, value, least) in counts {
             if value < least {
                 return Err(Error::config(key, format!("at least {least}"), value));
@@ -220,11 +224,13 @@ pub fn run(cfg: &EvalConfig, ctx: &RunContext) -> Result<Summary> {
     let texts = TextCache::default();
     let mut systems = Vec::with_capacity(2);
     for (i, model) in models.iter().enumerate() {
-        let generator = Generator { cfg, bundle: &bundle, embedder: &embedder, rewards: &rewards, texts: &texts, ctx };
+        let generator =
+            Generator { cfg, bundle: &bundle, embedder: &embedder, rewards: &rewards, texts: &texts, ctx };
         systems.push(generator.system(model, prompts, i * prompts.len(), &mut meter)?);
     }
     meter.finish();
-    let songs = prompts.iter().map(|p| SongResult { id: p.id.clone(), caption: Some(p.caption.clone()) }).collect();
+    let songs =
+        prompts.iter().map(|p| SongResult { id: p.id.clone(), caption: Some(p.caption.clone()) }).collect();
     let names = ["base".to_owned(), "tuned".to_owned()];
     let summary = compare(&cfg.metrics, &rewards, cfg.bootstrap, cfg.seed, &systems, songs, names, true)?;
     let mut page = page(&summary, &systems, "Tuned against base");
@@ -233,7 +239,10 @@ pub fn run(cfg: &EvalConfig, ctx: &RunContext) -> Result<Summary> {
         ("commit".into(), ctx.commit.clone()),
         ("base".into(), cfg.bundle.display().to_string()),
         ("tuned".into(), tuned.display().to_string()),
-        ("prompts".into(), format!("{} of `{}`, not tuned on unless split is train", prompts.len(), cfg.prompts.display())),
+        (
+            "prompts".into(),
+            format!("{} of `{}`, not tuned on unless split is train", prompts.len(), cfg.prompts.display()),
+        ),
         ("sampler".into(), format!("{:?}, {} steps", cfg.sampler.solver, cfg.sampler.n_steps)),
         ("seed".into(), cfg.seed.to_string()),
     ];
@@ -255,7 +264,9 @@ pub fn run_folders(cfg: &FoldersConfig, ctx: &RunContext) -> Result<Summary> {
     let names: Vec<Vec<PathBuf>> = files
         .iter()
         .zip(folders)
-        .map(|(files, dir)| files.iter().map(|f| f.strip_prefix(dir).unwrap_or(f).with_extension("")).collect())
+        .map(|(files, dir)| {
+            files.iter().map(|f| f.strip_prefix(dir).unwrap_or(f).with_extension("")).collect()
+        })
         .collect();
     // Songs with partners are compared one to one; folders without common names as two sets.
     let common: Vec<PathBuf> = names[0].iter().filter(|name| names[1].contains(name)).cloned().collect();
@@ -264,9 +275,15 @@ pub fn run_folders(cfg: &FoldersConfig, ctx: &RunContext) -> Result<Summary> {
         for (files, names) in files.iter_mut().zip(&names) {
             let dropped = files.len() - common.len();
             if dropped > 0 {
-                tracing::warn!("{dropped} files of `{}` have no partner and are left out", files[0].display());
+                tracing::warn!(
+                    "{dropped} files of `{}` have no partner and are left out",
+                    files[0].display()
+                );
             }
-            *files = common.iter().filter_map(|c| names.iter().position(|n| n == c).map(|i| files[i].clone())).collect();
+            *files = common
+                .iter()
+                .filter_map(|c| names.iter().position(|n| n == c).map(|i| files[i].clone()))
+                .collect();
         }
     }
     let captions = match &cfg.prompts {
@@ -319,7 +336,10 @@ pub fn run_folders(cfg: &FoldersConfig, ctx: &RunContext) -> Result<Summary> {
     meter.finish();
     let songs = files[0]
         .iter()
-        .map(|file| SongResult { id: file.strip_prefix(&cfg.base).unwrap_or(file).display().to_string(), caption: None })
+        .map(|file| SongResult {
+            id: file.strip_prefix(&cfg.base).unwrap_or(file).display().to_string(),
+            caption: None,
+        })
         .collect();
     let names = folders.map(|dir| dir.display().to_string());
     let summary = compare(&cfg.metrics, &rewards, cfg.bootstrap, cfg.seed, &systems, songs, names, paired)?;
@@ -328,7 +348,10 @@ pub fn run_folders(cfg: &FoldersConfig, ctx: &RunContext) -> Result<Summary> {
         ("command".into(), ctx.command.clone()),
         ("base".into(), format!("{} ({} songs)", summary.base, systems[0].songs.len())),
         ("tuned".into(), format!("{} ({} songs)", summary.tuned, systems[1].songs.len())),
-        ("pairs".into(), if paired { "songs of the same name".into() } else { "none: no common names".into() }),
+        (
+            "pairs".into(),
+            if paired { "songs of the same name".into() } else { "none: no common names".into() },
+        ),
         ("seed".into(), cfg.seed.to_string()),
     ];
     write(&summary, &page, &[], ctx)?;
@@ -339,13 +362,19 @@ fn caption_of(file: &Path, prompts: Option<&[Prompt]>) -> Result<String> {
     let id = file.file_stem().unwrap_or_default().to_string_lossy();
     let found = prompts.and_then(|prompts| prompts.iter().find(|p| p.id == id));
     found.map(|p| p.caption.clone()).ok_or_else(|| Error::Data {
-        problem: format!("a metric needs the prompt of `{}`, and no prompt has the id `{id}`", file.display()),
+        problem: format!(
+            "a metric needs the prompt of `{}`, and no prompt has the id `{id}`",
+            file.display()
+        ),
         hint: "name a prompt file whose ids are the files' names, or leave the CLAP score out".into(),
     })
 }
 
 fn stopped() -> Error {
-    Error::Data { problem: "stopped before the end".into(), hint: "nothing was written; start the command again".into() }
+    Error::Data {
+        problem: "stopped before the end".into(),
+        hint: "nothing was written; start the command again".into(),
+    }
 }
 
 /// All metrics as one reward set with shared embeddings.
@@ -355,7 +384,8 @@ fn rewards_of(
     bundle: Option<&Bundle>,
     ctx: &RunContext,
 ) -> Result<(Embedder, RewardSet)> {
-    let all = RewardConfig::RandomMix { rewards: metrics.iter().map(|metric| metric.reward.clone()).collect() };
+    let all =
+        RewardConfig::RandomMix { rewards: metrics.iter().map(|metric| metric.reward.clone()).collect() };
     let embedder = Embedder::load(embed, &all.sources(), &ctx.device)?;
     let rewards = embedder.reward(&all, bundle, ctx)?;
     Ok((embedder, rewards))
@@ -381,8 +411,9 @@ impl Generator<'_> {
             let noise = rollout::noise(self.bundle, &keys)?;
             let cond = self.texts.get(self.bundle, &captions)?;
             let sampler = &self.cfg.sampler;
-            let latents = rollout::latents(model, &cond, &noise, sampler, self.cfg.batch, self.ctx, &captions)?
-                .ok_or_else(stopped)?;
+            let latents =
+                rollout::latents(model, &cond, &noise, sampler, self.cfg.batch, self.ctx, &captions)?
+                    .ok_or_else(stopped)?;
             let clips = self.bundle.decode(&latents)?;
             let batch = Batch {
                 clips: &clips,
@@ -430,7 +461,9 @@ fn compare(
         .iter()
         .enumerate()
         // Unpaired systems draw their own subsets.
-        .map(|(i, &n)| bootstrap_indices(seed + if paired { 0 } else { i as u64 }, bootstrap.subsets, bootstrap.songs, n))
+        .map(|(i, &n)| {
+            bootstrap_indices(seed + if paired { 0 } else { i as u64 }, bootstrap.subsets, bootstrap.songs, n)
+        })
         .collect::<std::result::Result<_, _>>()
         .map_err(failed)?;
     let all: Vec<Vec<&Song>> = systems.iter().map(|system| system.songs.iter().collect()).collect();
@@ -438,10 +471,16 @@ fn compare(
     for (i, metric) in metrics.iter().enumerate() {
         let reward = rewards.get(i).ok_or_else(|| Error::Bug(format!("no reward {i}")))?;
         let refused = |err: dragon_rewards::Error| Error::input(format!("metric `{}`", metric.name))(err);
-        let full: Vec<f64> =
-            all.iter().map(|songs| reward.set_score(songs)).collect::<std::result::Result<_, _>>().map_err(refused)?;
-        let scores: Vec<Option<Vec<f64>>> =
-            all.iter().map(|songs| reward.song_scores(songs)).collect::<std::result::Result<_, _>>().map_err(refused)?;
+        let full: Vec<f64> = all
+            .iter()
+            .map(|songs| reward.set_score(songs))
+            .collect::<std::result::Result<_, _>>()
+            .map_err(refused)?;
+        let scores: Vec<Option<Vec<f64>>> = all
+            .iter()
+            .map(|songs| reward.song_scores(songs))
+            .collect::<std::result::Result<_, _>>()
+            .map_err(refused)?;
         let on_subsets: Vec<Vec<f64>> = (0..2)
             .map(|s| match &scores[s] {
                 Some(scores) => Ok(subsets[s].iter().map(|members| mean_of(scores, members)).collect()),
@@ -449,7 +488,8 @@ fn compare(
             })
             .collect::<Result<_>>()?;
         let sign = if is_distance(&metric.reward) { -1.0 } else { 1.0 };
-        let differences: Vec<f64> = on_subsets[1].iter().zip(&on_subsets[0]).map(|(t, b)| sign * (t - b)).collect();
+        let differences: Vec<f64> =
+            on_subsets[1].iter().zip(&on_subsets[0]).map(|(t, b)| sign * (t - b)).collect();
         let set_win_rate = win_rate(&on_subsets[1], &on_subsets[0], Better::Higher).map_err(failed)?.rate;
         let (mut song_win_rate, mut effect_size) = (None, None);
         if let (Some(base), Some(tuned)) = (&scores[0], &scores[1]) {
@@ -460,7 +500,8 @@ fn compare(
             let std = (base.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt();
             effect_size = (std > 0.0).then(|| (full[1] - full[0]) / std);
         }
-        let printed = |scores: &Option<Vec<f64>>| scores.as_ref().map(|s| s.iter().map(|x| sign * x).collect());
+        let printed =
+            |scores: &Option<Vec<f64>>| scores.as_ref().map(|s| s.iter().map(|x| sign * x).collect());
         results.push(MetricResult {
             name: metric.name.clone(),
             reward: metric.reward.label(),
@@ -517,8 +558,9 @@ impl Summary {
     pub fn table(&self) -> String {
         let (head, rows) = self.cells();
         let all: Vec<&Vec<String>> = std::iter::once(&head).chain(&rows).collect();
-        let widths: Vec<usize> =
-            (0..head.len()).map(|c| all.iter().map(|row| row[c].chars().count()).max().unwrap_or(0)).collect();
+        let widths: Vec<usize> = (0..head.len())
+            .map(|c| all.iter().map(|row| row[c].chars().count()).max().unwrap_or(0))
+            .collect();
         let mut out = String::new();
         for row in all {
             for (c, cell) in row.iter().enumerate() {
@@ -535,7 +577,16 @@ impl Summary {
 
     /// Head and rows of the table of metrics and monitors.
     fn cells(&self) -> (Vec<String>, Vec<Vec<String>>) {
-        let head = ["metric", "better", "base", "tuned", "difference", "95 % of subsets", "songs won (95 %)", "sets won"];
+        let head = [
+            "metric",
+            "better",
+            "base",
+            "tuned",
+            "difference",
+            "95 % of subsets",
+            "songs won (95 %)",
+            "sets won",
+        ];
         let mut rows = Vec::new();
         for m in &self.metrics {
             let won = m.song_win_rate.as_ref().map_or("-".to_owned(), |w| {
@@ -554,7 +605,16 @@ impl Summary {
         }
         for m in &self.monitors {
             let difference = format!("{:+}", Short(m.tuned - m.base));
-            let cells = [m.name.clone(), "-".into(), number(m.base), number(m.tuned), difference, "-".into(), "-".into(), "-".into()];
+            let cells = [
+                m.name.clone(),
+                "-".into(),
+                number(m.base),
+                number(m.tuned),
+                difference,
+                "-".into(),
+                "-".into(),
+                "-".into(),
+            ];
             rows.push(cells.into());
         }
         (head.map(str::to_owned).into(), rows)
@@ -582,7 +642,11 @@ fn page(summary: &Summary, systems: &[System], title: &str) -> report::Report {
     let won = target.song_win_rate.as_ref().map_or(String::new(), |w| {
         format!(
             " It wins {} of {} songs ({:.1} %, 95 % interval {:.1} to {:.1} %).",
-            w.wins, w.n, 100.0 * w.rate, 100.0 * w.lower, 100.0 * w.upper
+            w.wins,
+            w.n,
+            100.0 * w.rate,
+            100.0 * w.lower,
+            100.0 * w.upper
         )
     });
     let lead = format!(
@@ -608,7 +672,10 @@ fn page(summary: &Summary, systems: &[System], title: &str) -> report::Report {
         .collect();
     let n = systems.iter().map(|s| s.examples.len()).min().unwrap_or(0);
     let note = |songs: &Option<Vec<f64>>, i: usize| {
-        songs.as_ref().and_then(|s| s.get(i)).map_or(String::new(), |v| format!("{} {}", target.name, number(*v)))
+        songs
+            .as_ref()
+            .and_then(|s| s.get(i))
+            .map_or(String::new(), |v| format!("{} {}", target.name, number(*v)))
     };
     let take = |s: usize, i: usize, label: &str, note: String| report::Take {
         label: label.to_owned(),
@@ -642,7 +709,8 @@ fn page(summary: &Summary, systems: &[System], title: &str) -> report::Report {
 /// Curves of the run that made a tuned model.
 fn training_charts(path: &Path) -> Result<Vec<report::Chart>> {
     let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
-    let lines: Vec<serde_json::Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let lines: Vec<serde_json::Value> =
+        text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     let series = |name: &str, label: &str| report::Series {
         name: label.to_owned(),
         points: lines
@@ -662,28 +730,37 @@ fn training_charts(path: &Path) -> Result<Vec<report::Chart>> {
         })
     };
     let charts = [
-        chart("Reward while learning", "reward", false, &[
-            ("reward", "policy"),
-            ("reward_plus", "D+"),
-            ("reward_minus", "D-"),
-        ]),
-        chart("Reward on validation prompts", "reward", false, &[
-            ("valid/reward", "tuned"),
-            ("valid/reward_base", "base"),
-        ]),
+        chart(
+            "Reward while learning",
+            "reward",
+            false,
+            &[("reward", "policy"), ("reward_plus", "D+"), ("reward_minus", "D-")],
+        ),
+        chart(
+            "Reward on validation prompts",
+            "reward",
+            false,
+            &[("valid/reward", "tuned"), ("valid/reward_base", "base")],
+        ),
         chart("Loss", "loss", false, &[("loss", "loss")]),
         chart("Implicit accuracy", "share", false, &[("implicit_accuracy", "g+ above g-")]),
-        chart("Size of the gaps", "|beta g|", true, &[
-            ("beta_gap_q10", "10 %"),
-            ("beta_gap_q50", "median"),
-            ("beta_gap_q90", "90 %"),
-        ]),
-        chart("Denoising errors", "weighted error", false, &[
-            ("error_policy_plus", "policy, D+"),
-            ("error_reference_plus", "reference, D+"),
-            ("error_policy_minus", "policy, D-"),
-            ("error_reference_minus", "reference, D-"),
-        ]),
+        chart(
+            "Size of the gaps",
+            "|beta g|",
+            true,
+            &[("beta_gap_q10", "10 %"), ("beta_gap_q50", "median"), ("beta_gap_q90", "90 %")],
+        ),
+        chart(
+            "Denoising errors",
+            "weighted error",
+            false,
+            &[
+                ("error_policy_plus", "policy, D+"),
+                ("error_reference_plus", "reference, D+"),
+                ("error_policy_minus", "policy, D-"),
+                ("error_reference_minus", "reference, D-"),
+            ],
+        ),
         chart("Gradient norm", "norm before clipping", true, &[("grad_norm", "norm")]),
         chart("Level of the generations", "dBFS", false, &[("loudness_dbfs", "level")]),
         chart("Brightness of the generations", "Hz", false, &[("centroid_hz", "spectral centroid")]),
@@ -702,7 +779,8 @@ fn write(summary: &Summary, page: &report::Report, systems: &[System], ctx: &Run
             let song = &summary.songs[i];
             let name = slug(song.caption.as_deref().unwrap_or(&song.id));
             let path = samples.join(format!("{i:03}-{name}.{label}.wav"));
-            dragon_audio::write_wav(&path, clip, SampleFormat::Int16).map_err(Error::input("cannot write audio"))?;
+            dragon_audio::write_wav(&path, clip, SampleFormat::Int16)
+                .map_err(Error::input("cannot write audio"))?;
         }
     }
     let json = serde_json::to_vec_pretty(summary).map_err(|err| Error::Bug(err.to_string()))?;

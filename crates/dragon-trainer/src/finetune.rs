@@ -11,7 +11,9 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor};
 use dragon_diffusion::{Model, SamplerConfig, TextCond, Weighting, denoising_errors};
 use dragon_nn::{AdamW, AdamWConfig, Ema, Params, Rng};
-use dragon_rewards::{Demonstrations, Reward, RewardConfig, RewardSet, RunningStats, Song, Split as RewardSplit};
+use dragon_rewards::{
+    Demonstrations, Reward, RewardConfig, RewardSet, RunningStats, Song, Split as RewardSplit,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::bundle::{self, Bundle, Prompt, Split};
@@ -126,9 +128,10 @@ impl FinetuneConfig {
                 return Err(Error::config(key, format!("at least {least}"), value));
             }
         }
-        for (key, value) in
-            [("rollout.songs_per_step", rollout.songs_per_step), ("update.micro_batch", self.update.micro_batch)]
-        {
+        for (key, value) in [
+            ("rollout.songs_per_step", rollout.songs_per_step),
+            ("update.micro_batch", self.update.micro_batch),
+        ] {
             if !value.is_multiple_of(2) {
                 return Err(Error::config(key, "an even number", value));
             }
@@ -154,8 +157,13 @@ impl FinetuneConfig {
         }
         rollout.sampler.guidance.check().map_err(Error::input("rollout.sampler.guidance"))?;
         self.validation.sampler.guidance.check().map_err(Error::input("validation.sampler.guidance"))?;
-        if matches!(rollout.demonstrations, DemonstrationsConfig::Unpaired { .. }) && self.loss.needs_pairs() {
-            return Err(Error::config("rollout.demonstrations.kind", "paired, which this loss needs", "unpaired"));
+        if matches!(rollout.demonstrations, DemonstrationsConfig::Unpaired { .. }) && self.loss.needs_pairs()
+        {
+            return Err(Error::config(
+                "rollout.demonstrations.kind",
+                "paired, which this loss needs",
+                "unpaired",
+            ));
         }
         self.embed.check([&self.reward])
     }
@@ -277,7 +285,22 @@ impl<'a> FinetuneTask<'a> {
         let reference = bundle.base_model()?;
         let (texts, valid_base) = (TextCache::default(), None);
         let ctx = ctx.clone();
-        Ok(Self { cfg, bundle, embedder, rewards, train, valid, texts, policy, model, reference, optimizer, ema, valid_base, ctx })
+        Ok(Self {
+            cfg,
+            bundle,
+            embedder,
+            rewards,
+            train,
+            valid,
+            texts,
+            policy,
+            model,
+            reference,
+            optimizer,
+            ema,
+            valid_base,
+            ctx,
+        })
     }
 
     /// The policy's current weights.
@@ -335,9 +358,10 @@ impl<'a> FinetuneTask<'a> {
             // A stop request waits for the end of the step: the step in progress is kept.
             let quiet = RunContext { stop: Default::default(), ..self.ctx.clone() };
             let sampler = &self.cfg.rollout.sampler;
-            let latents = rollout::latents(model, &cond, &noise, sampler, self.cfg.rollout.batch, &quiet, &prompts)
-                .map_err(|err| at_step(err, step))?
-                .ok_or_else(|| Error::Bug("sampling stopped without being asked".into()))?;
+            let latents =
+                rollout::latents(model, &cond, &noise, sampler, self.cfg.rollout.batch, &quiet, &prompts)
+                    .map_err(|err| at_step(err, step))?
+                    .ok_or_else(|| Error::Bug("sampling stopped without being asked".into()))?;
             for (i, row) in mine.into_iter().enumerate() {
                 rows[row] = Some(latents.narrow(0, i, 1)?);
             }
@@ -371,7 +395,9 @@ impl<'a> FinetuneTask<'a> {
         reward.observe(first, second).map_err(refused)?;
         let made = match self.cfg.rollout.demonstrations {
             DemonstrationsConfig::Paired => dragon_rewards::demonstrations::paired(reward, first, second),
-            DemonstrationsConfig::Unpaired { split } => dragon_rewards::demonstrations::unpaired(reward, &songs, split),
+            DemonstrationsConfig::Unpaired { split } => {
+                dragon_rewards::demonstrations::unpaired(reward, &songs, split)
+            }
         };
         Ok((made.map_err(refused)?, pick))
     }
@@ -392,7 +418,10 @@ impl<'a> FinetuneTask<'a> {
                 .filter(|(plus, minus)| scores.is_none_or(|s| s[**plus] != s[**minus])) // a tie teaches nothing
                 .map(|(&plus, &minus)| {
                     let middle = scores.map(|s| 0.5 * (s[plus] + s[minus]));
-                    vec![(plus, 1.0, advantage(plus, 1.0, middle)), (minus, -1.0, advantage(minus, -1.0, middle))]
+                    vec![
+                        (plus, 1.0, advantage(plus, 1.0, middle)),
+                        (minus, -1.0, advantage(minus, -1.0, middle)),
+                    ]
                 })
                 .collect()
         } else {
@@ -414,7 +443,13 @@ impl<'a> FinetuneTask<'a> {
     }
 
     /// Weighted denoising errors `[B]` of `model` on some rows.
-    fn errors(&self, model: &Model, rows: &[Row], generations: &Generations, noise: &Tensor) -> Result<Tensor> {
+    fn errors(
+        &self,
+        model: &Model,
+        rows: &[Row],
+        generations: &Generations,
+        noise: &Tensor,
+    ) -> Result<Tensor> {
         let songs: Vec<usize> = rows.iter().map(|row| row.song).collect();
         let noises: Vec<usize> = rows.iter().map(|row| row.noise).collect();
         let sigmas: Vec<f64> = rows.iter().map(|row| row.sigma).collect();
@@ -430,7 +465,13 @@ impl<'a> FinetuneTask<'a> {
     }
 
     /// Errors without gradient, in micro-batches.
-    fn values(&self, model: &Model, rows: &[Row], generations: &Generations, noise: &Tensor) -> Result<Vec<f64>> {
+    fn values(
+        &self,
+        model: &Model,
+        rows: &[Row],
+        generations: &Generations,
+        noise: &Tensor,
+    ) -> Result<Vec<f64>> {
         let mut values = Vec::with_capacity(rows.len());
         for part in rows.chunks(self.cfg.update.micro_batch) {
             let errors = self.errors(model, part, generations, noise)?;
@@ -440,13 +481,20 @@ impl<'a> FinetuneTask<'a> {
     }
 
     /// One update from the rows; gives the loss, both models' errors and the gradient norm.
-    fn update(&mut self, step: usize, rows: &[Row], generations: &Generations, noise: &Tensor) -> Result<Update> {
+    fn update(
+        &mut self,
+        step: usize,
+        rows: &[Row],
+        generations: &Generations,
+        noise: &Tensor,
+    ) -> Result<Update> {
         let reference = self.values(&self.reference, rows, generations, noise)?;
         let whole = rows.len() <= self.cfg.update.micro_batch;
         // KTO's Q is the mean gap of the whole batch: known before the first micro-batch only by a pass of its own.
         let mut baseline = 0.0;
         if self.cfg.loss.needs_baseline() && !whole {
-            let frozen = Model::new(&self.bundle.dit_config, bundle::frozen(&self.policy, &self.bundle.device))?;
+            let frozen =
+                Model::new(&self.bundle.dit_config, bundle::frozen(&self.policy, &self.bundle.device))?;
             let policy = self.values(&frozen, rows, generations, noise)?;
             baseline = kto_baseline(&gaps(&reference, &policy));
         }
@@ -463,7 +511,8 @@ impl<'a> FinetuneTask<'a> {
             }
             policy.extend(values);
             let known: Vec<f32> = known.iter().map(|&e| e as f32).collect();
-            let errors = Errors { reference: Tensor::from_vec(known, part.len(), errors.device())?, policy: errors };
+            let errors =
+                Errors { reference: Tensor::from_vec(known, part.len(), errors.device())?, policy: errors };
             let labels = Labels {
                 signs: part.iter().map(|row| row.sign).collect(),
                 advantages: part.iter().map(|row| row.advantage).collect(),
@@ -508,8 +557,9 @@ impl<'a> FinetuneTask<'a> {
         let cond = self.texts.get(self.bundle, &captions)?;
         let quiet = RunContext { stop: Default::default(), ..self.ctx.clone() };
         let sampler = &self.cfg.validation.sampler;
-        let latents = rollout::latents(model, &cond, &noise, sampler, self.cfg.rollout.batch, &quiet, &captions)?
-            .ok_or_else(|| Error::Bug("sampling stopped without being asked".into()))?;
+        let latents =
+            rollout::latents(model, &cond, &noise, sampler, self.cfg.rollout.batch, &quiet, &captions)?
+                .ok_or_else(|| Error::Bug("sampling stopped without being asked".into()))?;
         let clips = self.bundle.decode(&latents)?;
         self.embedder.songs(self.rewards.sources(), &self.batch(&latents, &clips, &captions))
     }
@@ -543,7 +593,8 @@ impl Task for FinetuneTask<'_> {
         let (rows, noise) = self.rows(&made, &mut rng.fork("noise"))?;
         let update = self.update(step, &rows, &generations, &noise)?;
         let mut log = self.log_of(&made, &rows, &update);
-        let own: Vec<usize> = (0..generations.songs.len()).filter(|&i| !generations.by_reference[i]).collect();
+        let own: Vec<usize> =
+            (0..generations.songs.len()).filter(|&i| !generations.by_reference[i]).collect();
         let reward = match &made.scores {
             Some(scores) if !own.is_empty() => own.iter().map(|&i| scores[i]).sum::<f64>() / own.len() as f64,
             _ => 0.5 * (made.reward_first + made.reward_second),
@@ -566,7 +617,8 @@ impl Task for FinetuneTask<'_> {
         if self.valid_base.is_none() {
             self.valid_base = Some(self.valid_songs(&self.reference)?);
         }
-        let tuned = Model::new(&self.bundle.dit_config, bundle::frozen(self.exported(), &self.bundle.device))?;
+        let tuned =
+            Model::new(&self.bundle.dit_config, bundle::frozen(self.exported(), &self.bundle.device))?;
         let tuned = self.valid_songs(&tuned)?;
         let base = self.valid_base.as_deref().unwrap_or_default();
         let refused = |err: dragon_rewards::Error| Error::input("cannot score the validation songs")(err);
@@ -576,7 +628,8 @@ impl Task for FinetuneTask<'_> {
             ("reward", reward.set_score(&tuned).map_err(refused)?),
             ("reward_base", reward.set_score(&base).map_err(refused)?),
         ];
-        let scores = (reward.song_scores(&tuned).map_err(refused)?, reward.song_scores(&base).map_err(refused)?);
+        let scores =
+            (reward.song_scores(&tuned).map_err(refused)?, reward.song_scores(&base).map_err(refused)?);
         if let (Some(tuned), Some(base)) = scores {
             let rate = dragon_metrics::win_rate(&tuned, &base, dragon_metrics::Better::Higher);
             out.push(("win_rate", rate.map_err(Error::input("validation"))?.rate));
@@ -603,14 +656,17 @@ impl Task for FinetuneTask<'_> {
 
     fn load_state(&mut self, state: &BTreeMap<String, Tensor>) -> Result<()> {
         let part = |prefix: &str| -> BTreeMap<String, Tensor> {
-            let named = state.iter().filter_map(|(name, t)| Some((name.strip_prefix(prefix)?.to_owned(), t.clone())));
+            let named =
+                state.iter().filter_map(|(name, t)| Some((name.strip_prefix(prefix)?.to_owned(), t.clone())));
             named.collect()
         };
         const WRONG: &str = "the checkpoint does not fit this run";
         self.policy.load_tensors(&part("policy/").into_iter().collect(), "").map_err(Error::input(WRONG))?;
         self.optimizer.load_state(&part("optimizer/")).map_err(Error::input(WRONG))?;
         if let Some(ema) = &self.ema {
-            ema.shadow().load_tensors(&part("ema/").into_iter().collect(), "").map_err(Error::input(WRONG))?;
+            ema.shadow()
+                .load_tensors(&part("ema/").into_iter().collect(), "")
+                .map_err(Error::input(WRONG))?;
         }
         let mut stats = Vec::with_capacity(self.rewards.len());
         for i in 0..self.rewards.len() {
@@ -629,7 +685,15 @@ impl Task for FinetuneTask<'_> {
     }
 
     fn headline(&self) -> &'static [&'static str] {
-        &["loss", "reward", "valid/reward", "valid/win_rate", "beta_gap_q50", "implicit_accuracy", "grad_norm"]
+        &[
+            "loss",
+            "reward",
+            "valid/reward",
+            "valid/win_rate",
+            "beta_gap_q50",
+            "implicit_accuracy",
+            "grad_norm",
+        ]
     }
 
     fn throughput(&self) -> (f64, &'static str) {
@@ -659,7 +723,11 @@ impl FinetuneTask<'_> {
         let paired = self.cfg.rollout.demonstrations == DemonstrationsConfig::Paired;
         let (mut right, mut all) = (0.0, 0.0f64);
         for (i, plus) in rows.iter().enumerate().filter(|(_, row)| row.sign > 0.0) {
-            for (j, _) in rows.iter().enumerate().filter(|(_, row)| row.sign < 0.0 && (!paired || row.noise == plus.noise)) {
+            for (j, _) in rows
+                .iter()
+                .enumerate()
+                .filter(|(_, row)| row.sign < 0.0 && (!paired || row.noise == plus.noise))
+            {
                 right += f64::from(u8::from(gaps[i] > gaps[j]));
                 all += 1.0;
             }
@@ -686,7 +754,8 @@ impl FinetuneTask<'_> {
 }
 
 fn needs_songs(cfg: &FinetuneConfig) -> bool {
-    cfg.loss.needs_song_rewards() || matches!(cfg.rollout.demonstrations, DemonstrationsConfig::Unpaired { .. })
+    cfg.loss.needs_song_rewards()
+        || matches!(cfg.rollout.demonstrations, DemonstrationsConfig::Unpaired { .. })
 }
 
 fn gaps(reference: &[f64], policy: &[f64]) -> Vec<f64> {

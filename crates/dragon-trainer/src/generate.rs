@@ -36,7 +36,9 @@ pub struct GenerateConfig {
 /// # Errors
 /// If a prompt is empty, a file is missing or broken, or nothing can be written.
 pub fn run(cfg: &GenerateConfig, ctx: &RunContext) -> Result<Vec<PathBuf>> {
-    for (key, value) in [("batch", cfg.batch), ("variants", cfg.variants), ("sampler.n_steps", cfg.sampler.n_steps)] {
+    for (key, value) in
+        [("batch", cfg.batch), ("variants", cfg.variants), ("sampler.n_steps", cfg.sampler.n_steps)]
+    {
         if value == 0 {
             return Err(Error::config(key, "at least 1", value));
         }
@@ -60,13 +62,15 @@ pub fn run(cfg: &GenerateConfig, ctx: &RunContext) -> Result<Vec<PathBuf>> {
         let prompts: Vec<&str> = part.iter().map(|job| job.0).collect();
         let noise = rollout::noise(&bundle, part)?;
         let cond = texts.get(&bundle, &prompts)?;
-        let Some(latents) = rollout::latents(&model, &cond, &noise, &cfg.sampler, cfg.batch, ctx, &prompts)? else {
+        let Some(latents) = rollout::latents(&model, &cond, &noise, &cfg.sampler, cfg.batch, ctx, &prompts)?
+        else {
             break; // stopped: what is written so far is whole
         };
         for (samples, prompt) in bundle.decode(&latents)?.into_iter().zip(prompts) {
             let path = ctx.out_dir.join(format!("{:03}-{}.wav", files.len(), slug(prompt)));
             let clip = Clip { samples, sample_rate_hz: bundle.sample_rate_hz() };
-            dragon_audio::write_wav(&path, &clip, SampleFormat::Int16).map_err(Error::input("cannot write audio"))?;
+            dragon_audio::write_wav(&path, &clip, SampleFormat::Int16)
+                .map_err(Error::input("cannot write audio"))?;
             files.push(path);
         }
         meter.update(files.len(), &[], &[], false);

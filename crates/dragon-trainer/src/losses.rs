@@ -407,7 +407,8 @@ mod tests {
         }
         let sigmas = vec("sigmas");
         let edm = Edm { sigma_data: 0.5, ..Edm::default() };
-        let weighted = denoising_errors(&edm, Weighting::Edm, &case["denoised"], &case["x0"], &sigmas).unwrap();
+        let weighted =
+            denoising_errors(&edm, Weighting::Edm, &case["denoised"], &case["x0"], &sigmas).unwrap();
         for (g, w) in weighted.to_vec1::<f32>().unwrap().iter().zip(vec("edm_errors")) {
             assert!((*g as f64 - w).abs() < 1e-5 * (1.0 + w), "{g} and {w}");
         }

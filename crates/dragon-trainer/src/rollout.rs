@@ -88,7 +88,10 @@ pub fn monitors(clips: &[Vec<f32>], sample_rate_hz: u32) -> (f64, f64) {
         .par_iter()
         .map(|clip| {
             // Silence has no level; -120 dB keeps the mean a number.
-            (dragon_audio::rms_dbfs(clip).max(-120.0), dragon_audio::spectral_centroid_hz(clip, sample_rate_hz))
+            (
+                dragon_audio::rms_dbfs(clip).max(-120.0),
+                dragon_audio::spectral_centroid_hz(clip, sample_rate_hz),
+            )
         })
         .collect();
     let n = each.len().max(1) as f64;

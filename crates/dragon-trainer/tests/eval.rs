@@ -60,7 +60,8 @@ fn the_base_against_itself_is_a_draw() {
 
     let table = summary.table();
     assert!(table.lines().next().unwrap().starts_with("metric") && table.contains("50.0 %"), "{table}");
-    let json: eval::Summary = serde_json::from_slice(&std::fs::read(out.join("report.json")).unwrap()).unwrap();
+    let json: eval::Summary =
+        serde_json::from_slice(&std::fs::read(out.join("report.json")).unwrap()).unwrap();
     // serde_json reads floats to the last digit but one.
     assert!((json.target().base - summary.target().base).abs() < 1e-12 && json.songs == summary.songs);
     let html = std::fs::read_to_string(out.join("report.html")).unwrap();
@@ -177,7 +178,10 @@ fn mistakes_are_named() {
         ("has 6 prompts of split `test`, 600 are needed", EvalConfig { n_prompts: 600, ..good.clone() }),
         ("at least one metric", EvalConfig { metrics: Vec::new(), ..good.clone() }),
         ("holds no diffusion model", EvalConfig { tuned: dir.path().join("nothing"), ..good.clone() }),
-        ("bootstrap.songs", EvalConfig { bootstrap: BootstrapConfig { subsets: 9, songs: 0 }, ..good.clone() }),
+        (
+            "bootstrap.songs",
+            EvalConfig { bootstrap: BootstrapConfig { subsets: 9, songs: 0 }, ..good.clone() },
+        ),
     ] {
         let err = eval::run(&bad, &out).unwrap_err();
         assert_eq!(err.exit_code(), 1);
@@ -188,7 +192,8 @@ fn mistakes_are_named() {
     let (mut config, _) = bundle::load_dit(&cfg.bundle.join("dit"), &candle_core::Device::Cpu).unwrap();
     config.dit.depth += 1;
     let params = dragon_nn::Params::new(0);
-    dragon_diffusion::Model::new(&config, params.builder(candle_core::DType::F32, &candle_core::Device::Cpu)).unwrap();
+    dragon_diffusion::Model::new(&config, params.builder(candle_core::DType::F32, &candle_core::Device::Cpu))
+        .unwrap();
     bundle::save_dit(&other, &config, &params).unwrap();
     let err = eval::run(&EvalConfig { tuned: other, ..good }, &out).unwrap_err();
     assert!(err.to_string().contains("another diffusion model"), "{err}");

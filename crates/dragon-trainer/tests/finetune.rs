@@ -32,9 +32,14 @@ fn the_first_step_starts_where_the_losses_must_start() {
         run(&cfg, &RunContext::new(&out)).unwrap();
         let got = metric(&out, "loss")[0].unwrap();
         assert!((got - want).abs() < 1e-6, "{:?} starts at {got}", cfg.loss);
-        assert_eq!(metric(&out, "beta_gap_q90")[0], Some(0.0), "policy and reference agree before the first update");
+        assert_eq!(
+            metric(&out, "beta_gap_q90")[0],
+            Some(0.0),
+            "policy and reference agree before the first update"
+        );
         assert!(metric(&out, "grad_norm")[0].unwrap() > 0.0);
-        let (plus, minus) = (metric(&out, "reward_plus")[0].unwrap(), metric(&out, "reward_minus")[0].unwrap());
+        let (plus, minus) =
+            (metric(&out, "reward_plus")[0].unwrap(), metric(&out, "reward_minus")[0].unwrap());
         let best = metric(&out, "reward_d1")[0].unwrap().max(metric(&out, "reward_d2")[0].unwrap());
         assert!(plus >= best && plus > minus, "{plus} {minus} {best}");
     }
@@ -76,7 +81,8 @@ fn every_loss_and_kind_of_demonstration_runs() {
         cfg.rollout.demonstrations = demonstrations;
         cfg.reward = reward.clone();
         let out = dir.path().join(format!("run{i}"));
-        run(&cfg, &RunContext::new(&out)).unwrap_or_else(|err| panic!("{:?} {demonstrations:?}: {err}", cfg.loss));
+        run(&cfg, &RunContext::new(&out))
+            .unwrap_or_else(|err| panic!("{:?} {demonstrations:?}: {err}", cfg.loss));
         assert!(metric(&out, "loss").iter().all(|v| v.is_some()));
     }
 }
@@ -103,7 +109,8 @@ fn a_killed_run_continues_bit_for_bit() {
         .spawn()
         .unwrap();
     let started = Instant::now();
-    let lines = || std::fs::read_to_string(killed.join("metrics.jsonl")).map_or(0, |text| text.lines().count());
+    let lines =
+        || std::fs::read_to_string(killed.join("metrics.jsonl")).map_or(0, |text| text.lines().count());
     while lines() < 5 {
         assert!(started.elapsed() < Duration::from_secs(300), "the child makes no progress");
         assert!(child.try_wait().unwrap().is_none(), "the child ended by itself");
@@ -176,17 +183,26 @@ fn mistakes_are_named_before_any_work() {
         ("update.optimizer.lr", Box::new(|c| c.update.optimizer.lr = 0.0)),
         ("are needed", Box::new(|c| c.rollout.songs_per_step = 400)),
         ("nothing.jsonl", Box::new(move |c| c.prompts = missing.clone())),
-        ("a reward of single songs", Box::new(|c| {
-            c.reward = toml::from_str(set_reward).unwrap();
-            c.loss = LossConfig::RewardWeighted;
-        })),
-        ("one of `frames`", Box::new(|c| {
-            c.reward = toml::from_str(&set_reward.replace("frames", "frame")).unwrap();
-        })),
-        ("paired, which this loss needs", Box::new(|c| {
-            c.loss = LossConfig::Dpo { beta: 1.0 };
-            c.rollout.demonstrations = DemonstrationsConfig::Unpaired { split: RewardSplit::Median };
-        })),
+        (
+            "a reward of single songs",
+            Box::new(|c| {
+                c.reward = toml::from_str(set_reward).unwrap();
+                c.loss = LossConfig::RewardWeighted;
+            }),
+        ),
+        (
+            "one of `frames`",
+            Box::new(|c| {
+                c.reward = toml::from_str(&set_reward.replace("frames", "frame")).unwrap();
+            }),
+        ),
+        (
+            "paired, which this loss needs",
+            Box::new(|c| {
+                c.loss = LossConfig::Dpo { beta: 1.0 };
+                c.rollout.demonstrations = DemonstrationsConfig::Unpaired { split: RewardSplit::Median };
+            }),
+        ),
         ("dit/model.safetensors", Box::new(|c| c.bundle = "/nowhere".into())),
     ];
     for (i, (part, change)) in cases.iter().enumerate() {
@@ -210,5 +226,8 @@ fn weights_of_another_shape_are_listed() {
     let err = run(&cfg, &RunContext::new(dir.path().join("run"))).unwrap_err();
     assert_eq!(err.exit_code(), 1);
     let text = err.to_string();
-    assert!(text.contains("does not fit") && text.contains("blocks.1") && text.contains("expected"), "{text}");
+    assert!(
+        text.contains("does not fit") && text.contains("blocks.1") && text.contains("expected"),
+        "{text}"
+    );
 }

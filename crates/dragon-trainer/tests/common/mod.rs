@@ -33,9 +33,14 @@ fn randomize(params: &Params, scale: f64) {
 pub fn tiny_bundle(dir: &Path) -> FinetuneConfig {
     let cpu = Device::Cpu;
     std::fs::create_dir_all(dir).unwrap();
-    std::fs::write(dir.join("bundle.json"), format!("{{\"n_frames\": {FRAMES}, \"max_tokens\": 8}}")).unwrap();
+    std::fs::write(dir.join("bundle.json"), format!("{{\"n_frames\": {FRAMES}, \"max_tokens\": 8}}"))
+        .unwrap();
 
-    let vae = dragon_vae::Config { latent_mean: vec![0.0; 4], latent_std: vec![1.0; 4], ..dragon_vae::Config::tiny() };
+    let vae = dragon_vae::Config {
+        latent_mean: vec![0.0; 4],
+        latent_std: vec![1.0; 4],
+        ..dragon_vae::Config::tiny()
+    };
     let params = Params::new(1);
     AudioVae::new(&vae, params.builder(DType::F32, &cpu)).unwrap();
     dragon_vae::vae::save(&dir.join("vae"), &vae, &params.tensors().unwrap()).unwrap();
@@ -114,7 +119,13 @@ fn config_for(dir: &Path) -> FinetuneConfig {
             ema_decay: 0.5,
         },
         validation: ValidationConfig { n_prompts: 4, sampler },
-        run: LoopConfig { steps: 6, log_every: 1, validate_every: 3, checkpoint_every: 2, keep_checkpoints: 2 },
+        run: LoopConfig {
+            steps: 6,
+            log_every: 1,
+            validate_every: 3,
+            checkpoint_every: 2,
+            keep_checkpoints: 2,
+        },
     }
 }
 
