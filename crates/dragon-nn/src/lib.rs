@@ -7,6 +7,7 @@
 //!   [`Embedding`], [`Snake`].
 //! - [`Params`]: named variables with seeded initialisation; [`AdamW`] changes them, [`Ema`] averages them,
 //!   [`write_safetensors`] keeps them.
+//! - [`backward()`]: candle's backward pass without its detours for parameters.
 //! - [`Rng`]: noise that is the same on every machine.
 //!
 //! Activations are channels-last and contiguous, `[B, T, C]`; weights keep the layout of PyTorch's checkpoints.
@@ -26,6 +27,7 @@ mod snake;
 mod swiglu;
 
 mod adamw;
+mod backward;
 mod checkpoint;
 mod ema;
 mod modules;
@@ -35,6 +37,7 @@ pub use activation::{gelu, leaky_relu, silu, softmax_last};
 pub use ada_layer_norm::ada_layer_norm;
 pub use adamw::{AdamW, AdamWConfig};
 pub use attention::attention;
+pub use backward::backward;
 pub use checkpoint::{write_atomically, write_safetensors};
 pub use conv_transpose1d::{ConvTranspose1dSpec, conv_transpose1d};
 pub use conv1d::{Conv1dSpec, conv1d};

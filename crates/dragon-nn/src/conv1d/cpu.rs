@@ -1,6 +1,7 @@
 //! [`super::conv1d`] on the CPU, forward and backward.
 
 use super::Conv1dSpec;
+use crate::backward::hand_over;
 use crate::kernels::conv::{Geometry, correlate, correlate_adjoint, correlate_weight_gradient};
 use crate::kernels::{Real, by_dtype, column_sums, dtype, slice, tensor, view};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
@@ -46,11 +47,13 @@ impl Conv {
             false => None,
         };
         let dw = match w.track_op() {
-            true => Some(tensor(correlate_weight_gradient(&view::<T>(x)?, &g, &self.0), w.shape())?),
+            true => hand_over(w, tensor(correlate_weight_gradient(&view::<T>(x)?, &g, &self.0), w.shape())?)?,
             false => None,
         };
         let db = match bias {
-            Some(bias) if bias.track_op() => Some(tensor(column_sums(&g, self.0.c_out), bias.shape())?),
+            Some(bias) if bias.track_op() => {
+                hand_over(bias, tensor(column_sums(&g, self.0.c_out), bias.shape())?)?
+            }
             _ => None,
         };
         Ok((dx, dw, db))

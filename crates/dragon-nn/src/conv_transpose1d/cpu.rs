@@ -2,6 +2,7 @@
 //! back to its input, with the same weights.
 
 use super::ConvTranspose1dSpec;
+use crate::backward::hand_over;
 use crate::kernels::conv::{Geometry, correlate, correlate_adjoint, correlate_weight_gradient};
 use crate::kernels::{Real, by_dtype, column_sums, dtype, slice, tensor, view};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
@@ -63,11 +64,13 @@ impl ConvTranspose {
             false => None,
         };
         let dw = match w.track_op() {
-            true => Some(tensor(correlate_weight_gradient(&g, &view::<T>(x)?, &self.0), w.shape())?),
+            true => hand_over(w, tensor(correlate_weight_gradient(&g, &view::<T>(x)?, &self.0), w.shape())?)?,
             false => None,
         };
         let db = match bias {
-            Some(bias) if bias.track_op() => Some(tensor(column_sums(&g, self.0.c_in), bias.shape())?),
+            Some(bias) if bias.track_op() => {
+                hand_over(bias, tensor(column_sums(&g, self.0.c_in), bias.shape())?)?
+            }
             _ => None,
         };
         Ok((dx, dw, db))

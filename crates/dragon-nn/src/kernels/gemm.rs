@@ -105,6 +105,29 @@ pub(crate) unsafe fn product<T: Real>(
         return;
     }
     let zeros = vec![T::ZERO; rows.width];
+    if b.n == 1 {
+        let work = if rows.parallel { batch * rows.n_rows * b.depth } else { 0 };
+        let weights: Vec<T> = (0..b.depth).map(|p| b.data[p * NR]).collect();
+        let start = bias.map_or(T::ZERO, |bias| bias[0]);
+        let per_task = super::rows_per_task(b.depth);
+        let tasks = rows.n_rows.div_ceil(per_task);
+        for_each(batch * tasks, work, |task| {
+            let (example, first) = (task / tasks, task % tasks * per_task);
+            for r in first..(first + per_task).min(rows.n_rows) {
+                let mut sum = start;
+                for (&tap, w) in rows.taps.iter().zip(weights.chunks_exact(rows.width)) {
+                    let row = (r * rows.in_step) as isize + tap;
+                    if 0 <= row && row < rows.in_rows as isize {
+                        let x = &x[example * x_batch + row as usize * rows.in_stride..][..rows.width];
+                        sum += super::lane_sum(rows.width, |i| x[i] * w[i]);
+                    }
+                }
+                // SAFETY: one element per row, inside by the caller's contract.
+                unsafe { *out.ptr().add(example * out_batch + r * rows.out_step + rows.out_start) = sum };
+            }
+        });
+        return;
+    }
     // Taps that follow each other in memory are one longer tap.
     let dense = rows.width == rows.in_stride && rows.taps.windows(2).all(|w| w[1] == w[0] + 1);
     // A block of rows stays in the second-level cache while all panels pass over it.
@@ -243,12 +266,22 @@ pub(crate) unsafe fn weight_gradient<T: Real>(
     let depth_parts = if rows.parallel { depth_parts } else { 1 };
     let chunks_per_part = n_chunks.div_ceil(depth_parts);
     let depth_parts = n_chunks.div_ceil(chunks_per_part.max(1)).max(1);
-    // Tiles of one tap: `width` rows in nearly equal tiles of at most MR.
-    let tiles_per_tap = rows.width.div_ceil(MR);
-    let n_tiles = rows.taps.len() * tiles_per_tap;
-    let row_parts = if rows.parallel { 16usize.div_ceil(depth_parts).min(n_tiles).max(1) } else { 1 };
+    let row_parts = if rows.parallel { 16usize.div_ceil(depth_parts).min(m.div_ceil(MR)).max(1) } else { 1 };
+    let rows_per_part = m.div_ceil(row_parts).next_multiple_of(MR);
     let n_panels = n.div_ceil(NR);
     let work = if rows.parallel { batch * rows.n_rows * m * n / 8 } else { 0 };
+    let step = rows.in_step as isize;
+    // Rows r of a tap whose input lies inside: 0 <= r * in_step + tap < in_rows.
+    let inside = |tap: isize| {
+        let lowest = if tap < 0 { (-tap + step - 1) / step } else { 0 };
+        let highest = (rows.in_rows as isize - tap + step - 1).div_euclid(step).max(0);
+        (lowest as usize, highest as usize)
+    };
+    // Rows for which this holds for every tap.
+    let inner = rows.taps.iter().fold((0, usize::MAX), |(lo, hi), &tap| {
+        let (low, high) = inside(tap);
+        (lo.max(low), hi.min(high))
+    });
 
     // Packs the rows of one chunk of `g` into panels.
     let pack = |chunk: usize, packed: &mut [T]| {
@@ -276,7 +309,7 @@ pub(crate) unsafe fn weight_gradient<T: Real>(
     };
 
     let compute = |depth_part: usize, row_part: usize, sum: Shared<T>| {
-        let (first_tile, end_tile) = (row_part * n_tiles / row_parts, (row_part + 1) * n_tiles / row_parts);
+        let m_range = row_part * rows_per_part..((row_part + 1) * rows_per_part).min(m);
         let mut own = vec![T::ZERO; if row_parts > 1 { 0 } else { chunk_len }];
         for chunk in depth_part * chunks_per_part..((depth_part + 1) * chunks_per_part).min(n_chunks) {
             let example = chunk / chunks_per_example;
@@ -288,39 +321,54 @@ pub(crate) unsafe fn weight_gradient<T: Real>(
                 pack(chunk, &mut own);
                 &own[..]
             };
-            for group in (0..n_panels).step_by(PANELS) {
-                let group_end = (group + PANELS).min(n_panels);
-                for tile in first_tile..end_tile {
-                    let (tap, t) = (tile / tiles_per_tap, tile % tiles_per_tap);
-                    let (i0, i1) = (t * rows.width / tiles_per_tap, (t + 1) * rows.width / tiles_per_tap);
-                    // Rows whose input lies inside: first <= r < end and 0 <= r * in_step + tap < in_rows.
-                    let offset = rows.taps[tap];
-                    let step = rows.in_step as isize;
-                    let lowest = if offset < 0 { (-offset + step - 1) / step } else { 0 };
-                    let highest = (rows.in_rows as isize - offset + step - 1).div_euclid(step);
-                    let r0 = (first as isize).max(lowest);
-                    let r1 = (end as isize).min(highest);
-                    if r0 >= r1 {
-                        continue;
+            // SAFETY: the callers pass rows whose input is inside for the taps of the tile; `len <= MR` rows of `sum`
+            // from `i` on belong to this task.
+            let tile = |i: usize, len: usize, r0: usize, r1: usize, panels: std::ops::Range<usize>| unsafe {
+                let x = x.as_ptr().add(example * x_batch);
+                let mut a = [x; MR];
+                for (j, a) in a.iter_mut().enumerate().take(len) {
+                    let (tap, channel) = ((i + j) / rows.width, (i + j) % rows.width);
+                    let row = r0 as isize * step + rows.taps[tap];
+                    *a = x.offset(row * rows.in_stride as isize).add(channel);
+                }
+                for panel in panels {
+                    let block = GradientTile {
+                        a: &a,
+                        step: rows.in_step * rows.in_stride,
+                        k: r1 - r0,
+                        b: packed.as_ptr().add((panel * DEPTH + (r0 - first)) * NR),
+                        out: sum.ptr().add(i * n + panel * NR),
+                        out_stride: n,
+                        width: NR.min(n - panel * NR),
+                    };
+                    match len {
+                        1 => block.run::<1>(),
+                        2 => block.run::<2>(),
+                        3 => block.run::<3>(),
+                        4 => block.run::<4>(),
+                        5 => block.run::<5>(),
+                        _ => block.run::<6>(),
                     }
-                    let k = (r1 - r0) as usize;
-                    // SAFETY: rows r0..r1 read input rows in range; each (depth part, tile) owns its rows of `sum`.
-                    unsafe {
-                        let a = x.as_ptr().add(example * x_batch + i0);
-                        let a = a.offset((r0 * step + offset) * rows.in_stride as isize);
-                        let a_step = rows.in_step * rows.in_stride;
-                        for panel in group..group_end {
-                            let b = packed.as_ptr().add((panel * DEPTH + (r0 as usize - first)) * NR);
-                            let width = NR.min(n - panel * NR);
-                            let out = sum.ptr().add((tap * rows.width + i0) * n + panel * NR);
-                            match i1 - i0 {
-                                1 => gradient_tile::<T, 1>(a, a_step, k, b, out, n, width),
-                                2 => gradient_tile::<T, 2>(a, a_step, k, b, out, n, width),
-                                3 => gradient_tile::<T, 3>(a, a_step, k, b, out, n, width),
-                                4 => gradient_tile::<T, 4>(a, a_step, k, b, out, n, width),
-                                5 => gradient_tile::<T, 5>(a, a_step, k, b, out, n, width),
-                                _ => gradient_tile::<T, 6>(a, a_step, k, b, out, n, width),
-                            }
+                }
+            };
+            let (r0, r1) = (first.max(inner.0).min(end), end.min(inner.1).max(first));
+            if r0 < r1 {
+                for group in (0..n_panels).step_by(PANELS) {
+                    for i in m_range.clone().step_by(MR) {
+                        tile(i, MR.min(m_range.end - i), r0, r1, group..(group + PANELS).min(n_panels));
+                    }
+                }
+            }
+            // The edges, where taps see different rows: tap by tap.
+            let edges = if r0 < r1 { [(first, r0), (r1, end)] } else { [(first, end), (end, end)] };
+            for (tap, &offset) in rows.taps.iter().enumerate() {
+                let (low, high) = inside(offset);
+                let (i0, i1) = (m_range.start.max(tap * rows.width), m_range.end.min((tap + 1) * rows.width));
+                for (start, stop) in edges {
+                    let (r0, r1) = (start.max(low), stop.min(high));
+                    if r0 < r1 {
+                        for i in (i0..i1.max(i0)).step_by(MR) {
+                            tile(i, MR.min(i1 - i), r0, r1, 0..n_panels);
                         }
                     }
                 }
@@ -355,29 +403,32 @@ pub(crate) unsafe fn weight_gradient<T: Real>(
     parts
 }
 
-/// # Safety
-/// `a[i + p * step]` for `i < M`, `b[16 p..]` and `width` columns of `M` rows of `out` must be valid.
-unsafe fn gradient_tile<T: Real, const M: usize>(
-    a: *const T,
+/// `M` rows of a gradient, sixteen columns: `out[i] += Σ_p a[i][p · step] · b[p]`.
+struct GradientTile<'a, T> {
+    a: &'a [*const T; MR],
     step: usize,
     k: usize,
     b: *const T,
     out: *mut T,
     out_stride: usize,
     width: usize,
-) {
-    let mut acc = [[T::ZERO; NR]; M];
-    let mut rows = [a; M];
-    // SAFETY: the caller's contract.
-    unsafe {
-        for (i, row) in rows.iter_mut().enumerate() {
-            *row = a.add(i);
-        }
-        T::tile(&mut acc, k, rows, step, b);
-        for (i, acc) in acc.iter().enumerate() {
-            let out = std::slice::from_raw_parts_mut(out.add(i * out_stride), width);
-            for (o, &v) in out.iter_mut().zip(acc) {
-                *o += v;
+}
+
+impl<T: Real> GradientTile<'_, T> {
+    /// # Safety
+    /// `a[i][p · step]` for `i < M`, `b[16 p..]` and `width` columns of `M` rows of `out` must be valid.
+    unsafe fn run<const M: usize>(&self) {
+        let mut acc = [[T::ZERO; NR]; M];
+        let mut rows = [self.b; M];
+        rows.copy_from_slice(&self.a[..M]);
+        // SAFETY: the caller's contract.
+        unsafe {
+            T::tile(&mut acc, self.k, rows, self.step, self.b);
+            for (i, acc) in acc.iter().enumerate() {
+                let out = std::slice::from_raw_parts_mut(self.out.add(i * self.out_stride), self.width);
+                for (o, &v) in out.iter_mut().zip(acc) {
+                    *o += v;
+                }
             }
         }
     }

@@ -1,5 +1,6 @@
 //! [`super::layer_norm`], [`crate::rms_norm`] and [`crate::ada_layer_norm`] on the CPU, forward and backward.
 
+use crate::backward::hand_over;
 use crate::kernels::norm::{self, Affine, Norm};
 use crate::kernels::{Real, by_dtype, dtype, slice, tensor, view};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
@@ -49,7 +50,7 @@ impl Op {
         let affine = Affine { scale: w.as_deref(), shift: None, rows_per_group };
         let (dx, dw, db) = norm::backward(&data, &g, c, self.0, affine);
         let wanted = |t: Option<&Tensor>, data: Vec<T>| match t {
-            Some(t) if t.track_op() => tensor(data, t.shape()).map(Some),
+            Some(t) if t.track_op() => hand_over(t, tensor(data, t.shape())?),
             _ => Ok(None),
         };
         Ok([wanted(Some(x), dx)?, wanted(scale, dw)?, wanted(shift, db)?])

@@ -1,5 +1,6 @@
 //! [`super::linear`] on the CPU, forward and backward.
 
+use crate::backward::hand_over;
 use crate::kernels::gemm::{Packed, Rows, product, weight_gradient};
 use crate::kernels::{Real, by_dtype, column_sums, dtype, filled, slice, tensor, view};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
@@ -78,12 +79,12 @@ fn backward<T: Real>(
         let rows = Rows { out_step: n_in, width: n_out, in_stride: n_out, ..rows(n, n_out, n_in) };
         // SAFETY: both matrices have `n` rows.
         let dw = unsafe { weight_gradient(&g, 0, &x, 0, n_in, 1, &rows) };
-        Some(tensor(dw, w.shape())?)
+        hand_over(w, tensor(dw, w.shape())?)?
     } else {
         None
     };
     let db = match bias {
-        Some(bias) if bias.track_op() => Some(tensor(column_sums(&g, n_out), bias.shape())?),
+        Some(bias) if bias.track_op() => hand_over(bias, tensor(column_sums(&g, n_out), bias.shape())?)?,
         _ => None,
     };
     Ok((dx, dw, db))

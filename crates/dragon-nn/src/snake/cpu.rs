@@ -1,5 +1,6 @@
 //! [`super::snake`] on the CPU, forward and backward.
 
+use crate::backward::hand_over;
 use crate::kernels::{Real, by_dtype, dtype, filled, for_each, ordered_sum, rows_per_task, slice, tensor, view};
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 
@@ -79,7 +80,7 @@ impl CustomOp2 for Snake {
         let grad = grad.contiguous()?;
         by_dtype!(x.dtype(), T => {
             let (dx, d_alpha) = backward(&view::<T>(x)?, &view::<T>(alpha)?, &view::<T>(&grad)?);
-            let d_alpha = if alpha.track_op() { Some(tensor(d_alpha, alpha.shape())?) } else { None };
+            let d_alpha = if alpha.track_op() { hand_over(alpha, tensor(d_alpha, alpha.shape())?)? } else { None };
             Ok((Some(tensor(dx, x.shape())?), d_alpha))
         })
     }
