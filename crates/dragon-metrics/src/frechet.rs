@@ -364,13 +364,13 @@ impl<'a> FrechetPool<'a> {
         let w = &plan.row_weights;
         let mut means = vec![0.0; m];
         for j in 0..m {
-            let col = k.col_as_slice(j);
+            let col = &k.col_as_slice(j)[j..];
             let mut below = 0.0;
-            for i in j + 1..m {
-                below += w[i] * col[i];
-                means[i] += w[j] * col[i];
+            for ((mean, x), wi) in means[j + 1..].iter_mut().zip(&col[1..]).zip(&w[j + 1..]) {
+                below += wi * x;
+                *mean += w[j] * x;
             }
-            means[j] += w[j] * col[j] + below;
+            means[j] += w[j] * col[0] + below;
         }
         means.iter_mut().for_each(|x| *x /= plan.n);
         let grand = means.iter().zip(w).map(|(x, w)| x * w).sum::<f64>() / plan.n;
@@ -378,9 +378,9 @@ impl<'a> FrechetPool<'a> {
         let roots: Vec<f64> = w.iter().map(|w| w.sqrt()).collect();
         for j in 0..m {
             let (offset, factor) = (grand - means[j], roots[j] * scale);
-            let col = k.col_as_slice_mut(j);
-            for i in j..m {
-                col[i] = (col[i] - means[i] + offset) * (factor * roots[i]);
+            let col = &mut k.col_as_slice_mut(j)[j..];
+            for ((x, mean), root) in col.iter_mut().zip(&means[j..]).zip(&roots[j..]) {
+                *x = (*x - mean + offset) * (factor * root);
             }
         }
         Ok(sum_of_roots(&symmetric_eigenvalues(k.as_ref())?, plan.keep))

@@ -186,10 +186,9 @@ impl Moments {
         let d: Vec<f64> = mean.iter().zip(&self.mean).map(|(a, b)| a - b).collect();
         if self.n > 0 {
             let weight = n * m_f / total;
-            for j in 0..d.len() {
-                let dj = d[j] * weight;
-                for i in j..d.len() {
-                    self.scatter[(i, j)] += d[i] * dj;
+            for (j, dj) in d.iter().enumerate() {
+                for (to, di) in self.scatter.col_as_slice_mut(j)[j..].iter_mut().zip(&d[j..]) {
+                    *to += di * (dj * weight);
                 }
             }
         }
