@@ -33,7 +33,12 @@ pub struct Config {
 impl Config {
     /// The music checkpoints of LAION-CLAP (`HTSAT-base`, `roberta-base`): 194 M parameters.
     pub fn laion_base() -> Self {
-        Self { audio: htsat::Config::laion_base(), text: roberta::Config::base(), joint_dim: 512, max_tokens: 77 }
+        Self {
+            audio: htsat::Config::laion_base(),
+            text: roberta::Config::base(),
+            joint_dim: 512,
+            max_tokens: 77,
+        }
     }
 
     /// The tiny CLAP that this project trains itself: 1.1 M parameters.
@@ -176,7 +181,11 @@ pub fn contrastive_loss(
 ) -> Result<Tensor> {
     let (batch, _) = audio.dims2()?;
     if audio.dims() != text.dims() {
-        candle_core::bail!("contrastive loss: audio {:?} and text {:?} differ in shape", audio.dims(), text.dims())
+        candle_core::bail!(
+            "contrastive loss: audio {:?} and text {:?} differ in shape",
+            audio.dims(),
+            text.dims()
+        )
     }
     let logits = audio.matmul(&text.t()?)?.broadcast_mul(&logit_scale.exp()?)?; // [B audio, B text]
     let logits = match same {
@@ -289,7 +298,9 @@ impl ClapEncoder {
         let config: Config = serde_json::from_str(&text).map_err(|e| fail(e.to_string()))?;
         let tokenizer = Tokenizer::load(folder.join("tokenizer.json"))?;
         let mut encoder = Self::new(&config, tokenizer, 0, device).map_err(|e| match e {
-            Error::Vocabulary { expected, found, .. } => Error::Vocabulary { path: folder.into(), expected, found },
+            Error::Vocabulary { expected, found, .. } => {
+                Error::Vocabulary { path: folder.into(), expected, found }
+            }
             other => other,
         })?;
         encoder.params.load(folder.join("model.safetensors"))?;
@@ -422,7 +433,10 @@ mod tests {
     }
 
     fn captions() -> Vec<String> {
-        ["jig", "reel", "waltz", "slow air"].iter().map(|t| format!("a lively {t} on fiddle and flute")).collect()
+        ["jig", "reel", "waltz", "slow air"]
+            .iter()
+            .map(|t| format!("a lively {t} on fiddle and flute"))
+            .collect()
     }
 
     fn encoder(seed: u64) -> ClapEncoder {
@@ -466,11 +480,13 @@ mod tests {
     #[test]
     fn the_loss_matches_pytorch_and_starts_at_ln_b_when_nothing_differs() {
         let (golden, model) = golden();
-        let (audio, text) = (golden.get("audio_embedding"), golden.get("text_embedding").narrow(0, 0, 2).unwrap());
+        let (audio, text) =
+            (golden.get("audio_embedding"), golden.get("text_embedding").narrow(0, 0, 2).unwrap());
         let loss = contrastive_loss(&audio, &text, model.logit_scale(), None).unwrap();
         assert_close(&loss, &golden.get("loss"), Tol { atol: 1e-5, rtol: 1e-4 });
         let same = audio.narrow(0, 0, 1).unwrap().broadcast_as((2, 12)).unwrap().contiguous().unwrap();
-        let loss = contrastive_loss(&same, &same, model.logit_scale(), None).unwrap().to_scalar::<f32>().unwrap();
+        let loss =
+            contrastive_loss(&same, &same, model.logit_scale(), None).unwrap().to_scalar::<f32>().unwrap();
         assert!((loss - 2f32.ln()).abs() < 1e-6, "{loss}");
     }
 
@@ -507,7 +523,8 @@ mod tests {
         let loss = contrastive_loss(&audio, &text, encoder.model.logit_scale(), None).unwrap();
         let grads = loss.backward().unwrap();
         for (name, var) in encoder.params.names_and_vars() {
-            let size = grads.get(&var).map(|g| g.abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap());
+            let size =
+                grads.get(&var).map(|g| g.abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap());
             if name.contains("running_") {
                 assert!(size.is_none(), "`{name}` has a gradient");
             } else {
@@ -529,7 +546,10 @@ mod tests {
         let norm: f32 = together[1].iter().map(|x| x * x).sum();
         assert!((norm - 1.0).abs() < 1e-5, "{norm}");
         let texts = captions();
-        assert_eq!(encoder.embed_captions(&texts).unwrap()[2], encoder.embed_captions(&texts[2..3]).unwrap()[0]);
+        assert_eq!(
+            encoder.embed_captions(&texts).unwrap()[2],
+            encoder.embed_captions(&texts[2..3]).unwrap()[0]
+        );
     }
 
     #[test]

@@ -66,7 +66,11 @@ pub(crate) fn embed(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
 /// If the shape of `mask` is not that of `ids`.
 pub(crate) fn padding_bias(ids: &Tensor, mask: &Tensor, dtype: DType) -> Result<Tensor> {
     if ids.dims() != mask.dims() {
-        candle_core::bail!("token mask: expected shape {:?} as the ids have, found {:?}", ids.dims(), mask.dims())
+        candle_core::bail!(
+            "token mask: expected shape {:?} as the ids have, found {:?}",
+            ids.dims(),
+            mask.dims()
+        )
     }
     let (batch, len) = mask.dims2()?;
     let on = mask.to_dtype(DType::F32)?.gt(0.5)?; // [B, L]

@@ -74,7 +74,10 @@ impl Config {
                 self.num_attention_heads
             )
         }
-        if self.max_tokens() == 0 || self.vocab_size <= self.pad_token_id as usize || self.type_vocab_size == 0 {
+        if self.max_tokens() == 0
+            || self.vocab_size <= self.pad_token_id as usize
+            || self.type_vocab_size == 0
+        {
             candle_core::bail!("roberta config: a table is too small: {self:?}")
         }
         Ok(())

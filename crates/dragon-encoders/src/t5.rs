@@ -77,7 +77,15 @@ impl Config {
 
     /// The smallest valid model, for tests.
     pub fn tiny() -> Self {
-        Self { vocab_size: 40, d_model: 16, d_kv: 4, d_ff: 24, num_layers: 2, num_heads: 3, ..Self::tiny_music() }
+        Self {
+            vocab_size: 40,
+            d_model: 16,
+            d_kv: 4,
+            d_ff: 24,
+            num_layers: 2,
+            num_heads: 3,
+            ..Self::tiny_music()
+        }
     }
 
     /// # Errors
@@ -121,7 +129,8 @@ impl T5Encoder {
         config.check()?;
         let normal = |stdev: f64| Init::Randn { mean: 0.0, stdev };
         let encoder = vb.pp("encoder");
-        let first = encoder.pp("block").pp(0).pp("layer").pp(0).pp("SelfAttention").pp("relative_attention_bias");
+        let first =
+            encoder.pp("block").pp(0).pp("layer").pp(0).pp("SelfAttention").pp("relative_attention_bias");
         let table = (config.relative_attention_num_buckets, config.num_heads);
         Ok(Self {
             config: config.clone(),
@@ -130,7 +139,11 @@ impl T5Encoder {
                 "weight",
                 normal(1.0),
             )?,
-            relative_bias: first.get_with_hints(table, "weight", normal((config.d_model as f64).powf(-0.5)))?,
+            relative_bias: first.get_with_hints(
+                table,
+                "weight",
+                normal((config.d_model as f64).powf(-0.5)),
+            )?,
             blocks: (0..config.num_layers)
                 .map(|i| Block::new(config, encoder.pp("block").pp(i).pp("layer")))
                 .collect::<Result<_>>()?,
@@ -166,7 +179,8 @@ impl T5Encoder {
         let buckets = self.config.relative_attention_num_buckets;
         let far = self.config.relative_attention_max_distance;
         let pairs = (0..len as i64).flat_map(|query| (0..len as i64).map(move |key| key - query));
-        let ids = index(pairs.map(|delta| bucket(delta, buckets, far)).collect(), self.relative_bias.device())?;
+        let ids =
+            index(pairs.map(|delta| bucket(delta, buckets, far)).collect(), self.relative_bias.device())?;
         let rows = self.relative_bias.index_select(&ids, 0)?; // [L*L, H]
         rows.t()?.contiguous()?.reshape((1, self.config.num_heads, len, len)) // [1, H, L, L]
     }
@@ -182,7 +196,8 @@ fn bucket(delta: i64, n_buckets: usize, max_distance: usize) -> u32 {
         distance
     } else {
         // f32 like the reference: at distances that are powers of `exact` the rounding decides the bucket.
-        let position = (distance as f32 / exact as f32).ln() / (max_distance as f64 / exact as f64).ln() as f32;
+        let position =
+            (distance as f32 / exact as f32).ln() / (max_distance as f64 / exact as f64).ln() as f32;
         (exact + (position * (half - exact) as f32) as usize).min(half - 1)
     };
     (within + if delta > 0 { half } else { 0 }) as u32
@@ -229,7 +244,8 @@ impl Block {
         let (batch, len, _) = x.dims3()?;
         let h = dragon_nn::rms_norm(x, Some(&self.attention_norm), self.eps)?; // [B, L, d_model]
         let heads = |t: Tensor| t.reshape((batch, len, self.num_heads, ())); // [B, L, H, d_kv]
-        let (q, k, v) = (heads(self.q.forward(&h)?)?, heads(self.k.forward(&h)?)?, heads(self.v.forward(&h)?)?);
+        let (q, k, v) =
+            (heads(self.q.forward(&h)?)?, heads(self.k.forward(&h)?)?, heads(self.v.forward(&h)?)?);
         let mixed = dragon_nn::attention(&q, &k, &v, Some(bias), 1.0)?.flatten_from(2)?; // [B, L, H*d_kv]
         let x = (x + self.o.forward(&mixed)?)?; // [B, L, d_model]
         let h = dragon_nn::rms_norm(&x, Some(&self.feed_forward_norm), self.eps)?;

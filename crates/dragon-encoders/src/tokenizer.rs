@@ -53,7 +53,9 @@ pub enum Error {
         index: usize,
     },
     /// A caption longer than the model reads, where [`TooLong::Error`] was asked for.
-    #[error("caption {index} has {n_tokens} tokens, the model reads {max_tokens}: {text:?}; shorten it, or allow truncation")]
+    #[error(
+        "caption {index} has {n_tokens} tokens, the model reads {max_tokens}: {text:?}; shorten it, or allow truncation"
+    )]
     TooLong {
         /// Position of the caption in the batch, from 0.
         index: usize,
@@ -118,7 +120,8 @@ impl Tokenizer {
     /// If the file is missing, is not a tokenizer, or has no `<pad>` token.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
-        let bytes = std::fs::read(path).map_err(|e| Error::Read { path: path.into(), reason: e.to_string() })?;
+        let bytes =
+            std::fs::read(path).map_err(|e| Error::Read { path: path.into(), reason: e.to_string() })?;
         let inner = tokenizers::Tokenizer::from_bytes(&bytes)
             .map_err(|e| Error::Read { path: path.into(), reason: e.to_string() })?;
         Self::from_inner(inner)
@@ -151,9 +154,7 @@ impl Tokenizer {
             .build()
             .into();
         let texts: Vec<String> = captions.iter().map(|c| c.as_ref().to_string()).collect();
-        inner
-            .train(&mut trainer, texts.iter())
-            .map_err(|e| fail(e.to_string()))?;
+        inner.train(&mut trainer, texts.iter()).map_err(|e| fail(e.to_string()))?;
         let found = inner.get_vocab_size(true);
         if found > vocab_size {
             return Err(fail(format!(
@@ -205,7 +206,12 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`Self::encode_batch`]; `index` in the message is 0.
-    pub fn encode(&self, text: &str, max_tokens: usize, too_long: TooLong) -> Result<(Vec<u32>, bool), Error> {
+    pub fn encode(
+        &self,
+        text: &str,
+        max_tokens: usize,
+        too_long: TooLong,
+    ) -> Result<(Vec<u32>, bool), Error> {
         self.encode_at(0, text, max_tokens, too_long)
     }
 
@@ -294,7 +300,9 @@ mod tests {
         }
         let (ids, cut) = tk.encode("a lively jig", 16, TooLong::Error).unwrap();
         assert_eq!((ids[0], *ids.last().unwrap(), cut), (BOS_ID, EOS_ID, false));
-        assert!(tk.is_bpe() && tk.vocab_size() <= 300 && ids.iter().all(|&id| (id as usize) < tk.vocab_size()));
+        assert!(
+            tk.is_bpe() && tk.vocab_size() <= 300 && ids.iter().all(|&id| (id as usize) < tk.vocab_size())
+        );
     }
 
     #[test]
@@ -307,7 +315,10 @@ mod tests {
         a.save(&path).unwrap();
         let c = Tokenizer::load(&path).unwrap();
         for text in captions() {
-            assert_eq!(a.encode(&text, 64, TooLong::Error).unwrap(), c.encode(&text, 64, TooLong::Error).unwrap());
+            assert_eq!(
+                a.encode(&text, 64, TooLong::Error).unwrap(),
+                c.encode(&text, 64, TooLong::Error).unwrap()
+            );
         }
     }
 
@@ -323,7 +334,8 @@ mod tests {
     #[test]
     fn a_long_caption_is_cut_with_its_end_token_or_refused() {
         let tk = Tokenizer::train(&captions(), 300).unwrap();
-        let texts = ["a jig", "a lively jig in D major played on violin and flute and harp and organ and guitar"];
+        let texts =
+            ["a jig", "a lively jig in D major played on violin and flute and harp and organ and guitar"];
         let tokens = tk.encode_batch(&texts, 8, TooLong::Truncate, &Device::Cpu).unwrap();
         assert_eq!(tokens.truncated, [1]);
         let rows: Vec<Vec<u32>> = tokens.ids.to_vec2().unwrap();
@@ -339,7 +351,8 @@ mod tests {
     #[test]
     fn an_empty_caption_and_a_missing_file_are_named() {
         let tk = Tokenizer::train(&captions(), 300).unwrap();
-        let message = tk.encode_batch(&["a jig", " \n"], 8, TooLong::Truncate, &Device::Cpu).unwrap_err().to_string();
+        let message =
+            tk.encode_batch(&["a jig", " \n"], 8, TooLong::Truncate, &Device::Cpu).unwrap_err().to_string();
         assert!(message.starts_with("caption 1 is empty"), "{message}");
         let message = Tokenizer::load("no/such/tokenizer.json").err().unwrap().to_string();
         assert!(message.contains("no/such/tokenizer.json"), "{message}");
