@@ -1,17 +1,14 @@
 //! Sample-rate conversion: band-limited, without delay, deterministic.
 
 use rubato::audioadapter_buffers::direct::SequentialSliceOfVecs;
-use rubato::{
-    Async, Fft, FixedAsync, FixedSync, Resampler, SincInterpolationParameters, SincInterpolationType,
-    WindowFunction,
-};
+use rubato::{Fft, FixedSync, Resampler, WindowFunction};
 
 use crate::error::{Error, Result};
 
 /// Input samples per FFT block: long enough that the filter keeps more than 95 % of the lower rate's band.
 const BLOCK: usize = 2048;
 
-/// Rates whose ratio needs longer blocks than this (44101 to 16000, say) use windowed-sinc interpolation.
+/// Rates whose ratio needs longer blocks than this (44101 to 16000, say) use [`interpolate`].
 const MAX_BLOCK: usize = 16384;
 
 /// `samples` at another rate: exactly `ceil(n * to_hz / from_hz)` samples, aligned in time with the input.
@@ -31,20 +28,16 @@ pub fn resample(samples: &[f32], from_hz: u32, to_hz: u32) -> Result<Vec<f32>> {
     let n_out = (samples.len() as u64 * u64::from(to_hz)).div_ceil(u64::from(from_hz)) as usize;
     let (from, to) = (from_hz as usize, to_hz as usize);
     let divisor = gcd(from, to);
-    let mut resampler: Box<dyn Resampler<f32>> = if from.max(to) / divisor <= MAX_BLOCK {
-        let fft =
-            Fft::<f32>::new_custom(from, to, BLOCK, 1, 1, WindowFunction::BlackmanHarris2, FixedSync::Both)
-                .expect("the rates were checked and the block is positive");
-        Box::new(fft)
-    } else {
-        let parameters = SincInterpolationParameters::new(256, WindowFunction::BlackmanHarris2)
-            .oversampling_factor(256)
-            .interpolation(SincInterpolationType::Cubic);
-        let ratio = to as f64 / from as f64;
-        let sinc = Async::<f32>::new_sinc(ratio, 1.0, &parameters, BLOCK, 1, FixedAsync::Input)
-            .expect("the ratio is positive and finite");
-        Box::new(sinc)
-    };
+    if from.max(to) / divisor > MAX_BLOCK {
+        return Ok(interpolate(samples, from, to, n_out));
+    }
+    // an even number of the shortest blocks: both halves of the filter are whole samples long, so the delay that
+    // the resampler takes off is exact (with 5 * 441 samples it would be half a sample off)
+    let unit = from / divisor;
+    let block = unit * BLOCK.div_ceil(unit).next_multiple_of(2);
+    let mut resampler =
+        Fft::<f32>::new_custom(from, to, block, 1, 1, WindowFunction::BlackmanHarris2, FixedSync::Both)
+            .expect("the rates were checked and the block is positive");
     let input = [samples.to_vec()];
     let input = SequentialSliceOfVecs::new(&input, 1, samples.len()).expect("one channel of this length");
     let output = resampler
@@ -54,6 +47,43 @@ pub fn resample(samples: &[f32], from_hz: u32, to_hz: u32) -> Result<Vec<f32>> {
     // The resampler rounds the length in floating point; ours is exact.
     output.resize(n_out, 0.0);
     Ok(output)
+}
+
+/// Windowed-sinc interpolation at exact times, for ratios of large numbers. (rubato's own takes off its delay in whole
+/// output samples, which is half a sample wrong at such ratios.)
+fn interpolate(samples: &[f32], from: usize, to: usize, n_out: usize) -> Vec<f32> {
+    /// Zero crossings of the kernel on each side, and table entries between two of them.
+    const CROSSINGS: usize = 64;
+    const STEPS: usize = 1024;
+    // sinc under a Blackman-Harris window, from the centre to the right end
+    let kernel: Vec<f64> = (0..=CROSSINGS * STEPS + 1)
+        .map(|i| {
+            let x = i as f64 / STEPS as f64;
+            let phase = std::f64::consts::PI * (1.0 + x / CROSSINGS as f64).min(2.0);
+            let window = 0.35875 - 0.48829 * phase.cos() + 0.14128 * (2.0 * phase).cos()
+                - 0.01168 * (3.0 * phase).cos();
+            let y = std::f64::consts::PI * x;
+            window * if x == 0.0 { 1.0 } else { y.sin() / y }
+        })
+        .collect();
+    // 0.96 of the lower band passes; the kernel's transition lies above
+    let scale = 0.96 * (to as f64 / from as f64).min(1.0);
+    let half = CROSSINGS as f64 / scale; // input samples
+    (0..n_out)
+        .map(|m| {
+            let at = m as f64 * from as f64 / to as f64;
+            let first = (at - half).ceil().max(0.0) as usize;
+            let last = ((at + half).floor() as usize).min(samples.len() - 1);
+            let sum: f64 = (first..=last)
+                .map(|k| {
+                    let x = (k as f64 - at).abs() * scale * STEPS as f64;
+                    let (i, part) = (x as usize, x.fract());
+                    f64::from(samples[k]) * (kernel[i] + part * (kernel[i + 1] - kernel[i]))
+                })
+                .sum();
+            (sum * scale) as f32
+        })
+        .collect()
 }
 
 fn gcd(a: usize, b: usize) -> usize {

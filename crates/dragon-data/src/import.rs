@@ -198,7 +198,11 @@ fn folder(root: &Path) -> Result<Vec<Item>> {
             let stem = path.file_stem().unwrap_or_default().to_string_lossy().to_string();
             let caption = if text.exists() {
                 let caption = read_text(&text, "caption")?.split_whitespace().collect::<Vec<_>>().join(" ");
-                check_caption(&caption).map_err(|detail| Error::Input { what: "caption", path: text, detail })?;
+                check_caption(&caption).map_err(|detail| Error::Input {
+                    what: "caption",
+                    path: text,
+                    detail,
+                })?;
                 caption
             } else {
                 stem.replace(['_', '-'], " ")
@@ -219,7 +223,9 @@ fn list(path: &Path) -> Result<Vec<Item>> {
     let refuse = |line: usize, detail: String| Error::Line { path: path.to_path_buf(), line, detail };
     let rows: Vec<(usize, Map<String, Value>)> = if is_csv {
         let rows = parse_csv(path, &text)?;
-        rows.into_iter().map(|(n, row)| (n, row.into_iter().map(|(k, v)| (k, Value::String(v))).collect())).collect()
+        rows.into_iter()
+            .map(|(n, row)| (n, row.into_iter().map(|(k, v)| (k, Value::String(v))).collect()))
+            .collect()
     } else {
         let lines = text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty());
         lines
@@ -236,9 +242,13 @@ fn list(path: &Path) -> Result<Vec<Item>> {
             let field = |names: &[&str]| names.iter().find_map(|n| row.get(*n)).and_then(Value::as_str);
             let missing = |names: &[&str]| {
                 let found: Vec<&str> = row.keys().map(String::as_str).collect();
-                refuse(line, format!("expected a field `{}`, found {}", names.join("` or `"), found.join(", ")))
+                refuse(
+                    line,
+                    format!("expected a field `{}`, found {}", names.join("` or `"), found.join(", ")),
+                )
             };
-            let audio = field(&["path", "audio", "file"]).ok_or_else(|| missing(&["path", "audio", "file"]))?;
+            let audio =
+                field(&["path", "audio", "file"]).ok_or_else(|| missing(&["path", "audio", "file"]))?;
             let names = ["caption", "text", "prompt"];
             let caption = field(&names).ok_or_else(|| missing(&names))?;
             let caption = caption.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -256,7 +266,9 @@ fn list(path: &Path) -> Result<Vec<Item>> {
 fn check_caption(caption: &str) -> std::result::Result<(), String> {
     match caption.chars().count() {
         0 => Err("`caption`: expected words, found nothing".into()),
-        n if n > MAX_CAPTION_CHARS => Err(format!("`caption`: expected at most {MAX_CAPTION_CHARS} characters, found {n}")),
+        n if n > MAX_CAPTION_CHARS => {
+            Err(format!("`caption`: expected at most {MAX_CAPTION_CHARS} characters, found {n}"))
+        }
         _ => Ok(()),
     }
 }
@@ -297,7 +309,10 @@ mod tests {
         assert_eq!(captions, ["one tone", "one tone", "a quiet tone"]);
         for entry in &entries {
             let clip = dragon_audio::read(&out.join(&entry.path)).unwrap();
-            assert_eq!((clip.channels.len(), clip.n_samples(), clip.sample_rate_hz), (1, CLIP_SAMPLES, 16000));
+            assert_eq!(
+                (clip.channels.len(), clip.n_samples(), clip.sample_rate_hz),
+                (1, CLIP_SAMPLES, 16000)
+            );
         }
     }
 
@@ -306,22 +321,36 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         write(&dir.path().join("a.wav"), 6.0, 0.3);
         let cases = [
-            ("l.jsonl", "{\"path\":\"a.wav\",\"caption\":\"\"}", "line 1: `caption`: expected words, found nothing"),
+            (
+                "l.jsonl",
+                "{\"path\":\"a.wav\",\"caption\":\"\"}",
+                "line 1: `caption`: expected words, found nothing",
+            ),
             ("l.jsonl", "{\"path\":\"b.wav\",\"text\":\"x\"}", "does not exist"),
-            ("l.jsonl", "{\"path\":\"a.wav\"}", "expected a field `caption` or `text` or `prompt`, found path"),
+            (
+                "l.jsonl",
+                "{\"path\":\"a.wav\"}",
+                "expected a field `caption` or `text` or `prompt`, found path",
+            ),
             ("l.jsonl", "\n{\"path\":", "line 2: expected JSON"),
             ("l.csv", "path,caption\na.wav,one,two\n", "line 2: expected 2 columns, found 3"),
             ("l.csv", "path,caption\na.wav,\"one\n", "expected a closing quote"),
         ];
         for (name, text, want) in cases {
             fs::write(dir.path().join(name), text).unwrap();
-            let got = message(import(&options(dir.path().join(name), &dir.path().join("o")), &AtomicBool::new(false)));
+            let got = message(import(
+                &options(dir.path().join(name), &dir.path().join("o")),
+                &AtomicBool::new(false),
+            ));
             assert!(got.contains(want), "{got}");
             assert!(!dir.path().join("o/manifest.jsonl").exists());
         }
         let long = format!("path,caption\na.wav,{}\n", "la ".repeat(400));
         fs::write(dir.path().join("l.csv"), long).unwrap();
-        let got = message(import(&options(dir.path().join("l.csv"), &dir.path().join("o")), &AtomicBool::new(false)));
+        let got = message(import(
+            &options(dir.path().join("l.csv"), &dir.path().join("o")),
+            &AtomicBool::new(false),
+        ));
         assert!(got.contains("expected at most 1000 characters, found 1199"), "{got}");
     }
 
@@ -345,9 +374,11 @@ mod tests {
     #[test]
     fn an_empty_folder_is_named() {
         let dir = tempfile::tempdir().unwrap();
-        let got = message(import(&options(dir.path().into(), &dir.path().join("o")), &AtomicBool::new(false)));
+        let got =
+            message(import(&options(dir.path().into(), &dir.path().join("o")), &AtomicBool::new(false)));
         assert!(got.starts_with("no usable audio in"), "{got}");
-        let got = message(import(&options(dir.path().join("no"), &dir.path().join("o")), &AtomicBool::new(false)));
+        let got =
+            message(import(&options(dir.path().join("no"), &dir.path().join("o")), &AtomicBool::new(false)));
         assert!(got.contains("does not exist"), "{got}");
     }
 }
