@@ -24,7 +24,12 @@ pub struct Config {
     pub audio_channels: usize,
     /// Channels of the latents.
     pub latent_dim: usize,
-    /// Downsampling factor of each stage; their product is [`Config::hop`], in samples per latent frame.
+    /// Frames at the rate of the last stage that are laid side by side in the channels of one latent frame; a divisor of
+    /// `latent_dim`. DAC and the paper: 1, which a file without this key means too. More keep the diffusion model's sequences
+    /// short without widening the strides.
+    #[serde(default = "one")]
+    pub frames_per_latent: usize,
+    /// Downsampling factor of each stage; their product and `frames_per_latent` make [`Config::hop`].
     pub strides: Vec<usize>,
     /// Width of the encoder before each stage, and after the last: one more than `strides`. DAC doubles it at each stage.
     pub encoder_channels: Vec<usize>,
@@ -52,6 +57,7 @@ impl Config {
             sample_rate_hz: 44_100,
             audio_channels: 1,
             latent_dim: 32,
+            frames_per_latent: 1,
             strides: vec![2, 6, 8, 8],
             encoder_channels: vec![64, 128, 256, 512, 1024],
             decoder_channels: vec![96, 192, 384, 768, 1536],
@@ -69,6 +75,7 @@ impl Config {
             sample_rate_hz: 16_000,
             audio_channels: 1,
             latent_dim: 32,
+            frames_per_latent: 1,
             strides: vec![4, 4, 8, 8],
             encoder_channels: vec![16, 32, 64, 128, 256],
             decoder_channels: vec![16, 32, 64, 160, 320],
@@ -87,6 +94,7 @@ impl Config {
             sample_rate_hz: 1_000,
             audio_channels: 1,
             latent_dim: 4,
+            frames_per_latent: 1,
             strides: vec![2, 4],
             encoder_channels: vec![4, 8, 16],
             decoder_channels: vec![4, 8, 16],
@@ -100,7 +108,12 @@ impl Config {
 
     /// Samples per latent frame.
     pub fn hop(&self) -> usize {
-        self.strides.iter().product()
+        self.strides.iter().product::<usize>() * self.frames_per_latent
+    }
+
+    /// Channels of a frame at the rate of the last stage.
+    pub fn inner_dim(&self) -> usize {
+        self.latent_dim / self.frames_per_latent
     }
 
     /// Latent frames per second.
@@ -111,7 +124,7 @@ impl Config {
     /// Multiply-adds times two of one encoding and one decoding of a second of audio, convolutions only.
     pub fn flops_per_second(&self) -> f64 {
         let mut rate = f64::from(self.sample_rate_hz);
-        let latent = self.latent_dim as f64;
+        let latent = self.inner_dim() as f64;
         let mut flops = 0.0;
         for (stage, &stride) in self.strides.iter().enumerate() {
             let next_rate = rate / stride as f64;
@@ -150,9 +163,12 @@ impl Config {
                 ));
             }
         }
-        for (name, units) in [("encoder_units", &self.encoder_units), ("decoder_units", &self.decoder_units)] {
+        for (name, units) in [("encoder_units", &self.encoder_units), ("decoder_units", &self.decoder_units)]
+        {
             if units.len() != n {
-                return Err(format!("`{name}`: expected {n} numbers, one for each of `strides`, found {units:?}"));
+                return Err(format!(
+                    "`{name}`: expected {n} numbers, one for each of `strides`, found {units:?}"
+                ));
             }
         }
         for (name, value) in [
@@ -163,6 +179,12 @@ impl Config {
             if value == 0 {
                 return Err(format!("`{name}`: expected at least 1, found 0"));
             }
+        }
+        if self.frames_per_latent == 0 || !self.latent_dim.is_multiple_of(self.frames_per_latent) {
+            return Err(format!(
+                "`frames_per_latent`: expected a divisor of `latent_dim`, {}, found {}",
+                self.latent_dim, self.frames_per_latent
+            ));
         }
         let (n_mean, n_std) = (self.latent_mean.len(), self.latent_std.len());
         if n_mean != n_std || (n_mean != 0 && n_mean != self.latent_dim) {
@@ -176,6 +198,10 @@ impl Config {
         }
         Ok(())
     }
+}
+
+fn one() -> usize {
+    1
 }
 
 #[cfg(test)]
@@ -202,9 +228,20 @@ mod tests {
     }
 
     #[test]
+    fn frames_are_not_folded_where_a_file_does_not_say_so() {
+        let mut json = serde_json::to_value(Config::tiny()).unwrap();
+        json.as_object_mut().unwrap().remove("frames_per_latent");
+        assert_eq!(serde_json::from_value::<Config>(json).unwrap(), Config::tiny());
+        let cfg = Config { frames_per_latent: 3, ..Config::tiny() };
+        assert!(cfg.validate().unwrap_err().contains("divisor of `latent_dim`, 4, found 3"));
+    }
+
+    #[test]
     fn unknown_keys_are_refused() {
         let mut json = serde_json::to_value(Config::tiny()).unwrap();
         json["hop"] = 8.into();
-        assert!(serde_json::from_value::<Config>(json).unwrap_err().to_string().contains("unknown field `hop`"));
+        assert!(
+            serde_json::from_value::<Config>(json).unwrap_err().to_string().contains("unknown field `hop`")
+        );
     }
 }

@@ -24,7 +24,12 @@ impl MelLoss {
     ///
     /// # Errors
     /// If the filters cannot be put on `device`.
-    pub fn new(sample_rate_hz: u32, scales: &[(usize, usize)], dtype: DType, device: &Device) -> Result<Self> {
+    pub fn new(
+        sample_rate_hz: u32,
+        scales: &[(usize, usize)],
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
         let scales: Result<_> = scales
             .iter()
             .map(|&(window, n_mels)| {
@@ -95,13 +100,13 @@ impl StftLoss {
     /// # Errors
     /// If the shapes differ or the audio is too short.
     pub fn forward(&self, estimate: &Tensor, audio: &Tensor) -> Result<Tensor> {
-        // Under the root, for a finite gradient at equality; in the denominator, for silent rows: 1e-3 of a full-scale
-        // sine's norm in one frame is about 0.5 here.
+        // Under the root, so that the gradient is finite where both agree.
         const EPS: f64 = 1e-8;
         let norm = |x: &Tensor| (x.sqr()?.flatten_from(1)?.sum(1)? + EPS)?.sqrt(); // [B]
         let mut sum = Tensor::zeros((), audio.dtype(), audio.device())?;
         for stft in &self.scales {
             let (x, y) = (stft.magnitude(estimate)?, stft.magnitude(audio)?); // [B, frames, bins]
+            // 0.5 keeps silent rows quiet: the norm that a sine at -60 dB has in one frame of 2048 samples.
             let convergence = norm(&(&x - &y)?)?.div(&(norm(&y)? + 0.5)?)?.mean_all()?;
             sum = ((sum + convergence)? + l1(&log10(&x)?, &log10(&y)?)?)?;
         }

@@ -3,7 +3,8 @@
 //! in its checkpoints (`encoder.block.1.block.0.block.1.weight_g`).
 //!
 //! Differences from the reference: the encoder ends in mean and log-variance of the latents, 2 × `latent_dim` channels;
-//! widths and the number of residual units may differ between stages; the residual vector quantiser is left out.
+//! widths and the number of residual units may differ between stages; frames may be folded into channels
+//! ([`Config::frames_per_latent`]); the residual vector quantiser is left out.
 //! With an odd stride the decoder gives `T * stride` samples (`output_padding` 1), where the reference gives one less.
 //! Golden test: `encoder_and_decoder_match_the_reference` in `tests/golden.rs`.
 //!
@@ -23,6 +24,7 @@ pub struct Encoder {
     snake_out: Snake,
     conv_out: Conv1d,
     audio_channels: usize,
+    frames_per_latent: usize,
     hop: usize,
 }
 
@@ -51,8 +53,9 @@ impl Encoder {
             conv_in,
             blocks,
             snake_out: Snake::new(width, vb.pp(last))?,
-            conv_out: Conv1d::weight_norm(width, 2 * cfg.latent_dim, 3, same(3, 1), vb.pp(last + 1))?,
+            conv_out: Conv1d::weight_norm(width, 2 * cfg.inner_dim(), 3, same(3, 1), vb.pp(last + 1))?,
             audio_channels: cfg.audio_channels,
+            frames_per_latent: cfg.frames_per_latent,
             hop: cfg.hop(),
         })
     }
@@ -65,11 +68,11 @@ impl Encoder {
     /// # Errors
     /// If `audio` has another number of channels, or a length that is not a positive multiple of the hop.
     pub fn forward(&self, audio: &Tensor) -> Result<Tensor> {
-        let (_, channels, samples) = audio.dims3()?;
+        let (batch, channels, samples) = audio.dims3()?;
         if channels != self.audio_channels {
             bail!("encode: expected audio of {} channels, found {channels}", self.audio_channels);
         }
-        if samples == 0 || samples % self.hop != 0 {
+        if samples == 0 || !samples.is_multiple_of(self.hop) {
             bail!(
                 "encode: expected a length that is a positive multiple of the hop, {} samples, found {samples}; pad or cut the audio",
                 self.hop
@@ -79,8 +82,11 @@ impl Encoder {
         for block in &self.blocks {
             h = block.forward(&h)?; // [B, T'/stride, C']
         }
-        let h = h.apply(&self.snake_out)?.apply(&self.conv_out)?; // [B, T, 2*latent_dim]
-        h.transpose(1, 2)?.contiguous() // [B, 2*latent_dim, T]
+        let h = h.apply(&self.snake_out)?.apply(&self.conv_out)?; // [B, T*f, 2*c], f frames of c channels per latent frame
+        let (_, frames, width) = h.dims3()?;
+        let f = self.frames_per_latent;
+        let h = h.reshape((batch, frames / f, f, 2, width / 2))?.permute((0, 3, 2, 4, 1))?; // [B, 2, f, c, T]
+        h.contiguous()?.reshape((batch, width * f, frames / f)) // [B, 2*latent_dim, T]
     }
 }
 
@@ -93,6 +99,7 @@ pub struct Decoder {
     conv_out: Conv1d,
     output: Output,
     latent_dim: usize,
+    frames_per_latent: usize,
     strides: Vec<usize>,
     residual_units: Vec<usize>,
 }
@@ -106,7 +113,7 @@ impl Decoder {
         let vb = vb.pp("model");
         let n = cfg.strides.len();
         let widths = &cfg.decoder_channels;
-        let conv_in = Conv1d::weight_norm(cfg.latent_dim, widths[n], 7, same(7, 1), vb.pp(0))?;
+        let conv_in = Conv1d::weight_norm(cfg.inner_dim(), widths[n], 7, same(7, 1), vb.pp(0))?;
         let mut blocks = Vec::new();
         for stage in (0..n).rev() {
             let shape = BlockShape {
@@ -124,6 +131,7 @@ impl Decoder {
             conv_out: Conv1d::weight_norm(widths[0], cfg.audio_channels, 7, same(7, 1), vb.pp(n + 2))?,
             output: cfg.output,
             latent_dim: cfg.latent_dim,
+            frames_per_latent: cfg.frames_per_latent,
             strides: cfg.strides.iter().rev().copied().collect(),
             residual_units: cfg.decoder_units.iter().rev().copied().collect(),
         })
@@ -137,14 +145,17 @@ impl Decoder {
     /// # Errors
     /// If `latents` has another number of channels or no frame.
     pub fn forward(&self, latents: &Tensor) -> Result<Tensor> {
-        let (_, channels, frames) = latents.dims3()?;
+        let (batch, channels, frames) = latents.dims3()?;
         if channels != self.latent_dim {
             bail!("decode: expected latents of {} channels, found {channels}", self.latent_dim);
         }
         if frames == 0 {
             bail!("decode: expected at least one latent frame, found none");
         }
-        let mut h = latents.transpose(1, 2)?.contiguous()?.apply(&self.conv_in)?; // [B, T, Cn]
+        let f = self.frames_per_latent;
+        let h = latents.reshape((batch, f, channels / f, frames))?.permute((0, 3, 1, 2))?; // [B, T, f, c]
+        let h = h.contiguous()?.reshape((batch, frames * f, channels / f))?; // [B, T*f, c]
+        let mut h = h.apply(&self.conv_in)?; // [B, T*f, Cn]
         for block in &self.blocks {
             h = block.forward(&h)?; // [B, T'*stride, C']
         }
@@ -159,7 +170,8 @@ impl Decoder {
     /// Latent frames that the samples of frames `start..end` depend on, clips' ends left out of account: `(first, past_last)`.
     /// `first` can be negative.
     pub fn receptive_field(&self, start: usize, end: usize) -> (i64, i64) {
-        let hop: usize = self.strides.iter().product();
+        let f = self.frames_per_latent as i64;
+        let hop = self.strides.iter().product::<usize>() * self.frames_per_latent;
         let mut span = ((start * hop) as i64, (end * hop) as i64);
         let widen = |span: (i64, i64), by: usize| (span.0 - by as i64, span.1 + by as i64);
         span = widen(span, 3); // conv_out, kernel 7
@@ -171,7 +183,8 @@ impl Decoder {
             let (s, p) = (stride as i64, stride.div_ceil(2) as i64);
             span = ((span.0 + p - s).div_euclid(s), (span.1 - 1 + p).div_euclid(s) + 1);
         }
-        widen(span, 3) // conv_in, kernel 7
+        span = widen(span, 3); // conv_in, kernel 7
+        (span.0.div_euclid(f), (span.1 + f - 1).div_euclid(f))
     }
 }
 
@@ -194,8 +207,7 @@ impl EncoderBlock {
     fn new(shape: BlockShape, vb: VarBuilder) -> Result<Self> {
         let vb = vb.pp("block");
         let n = shape.residual_units;
-        let units: Result<_> =
-            (0..n).map(|i| ResidualUnit::new(shape.from, dilation(i), vb.pp(i))).collect();
+        let units: Result<_> = (0..n).map(|i| ResidualUnit::new(shape.from, dilation(i), vb.pp(i))).collect();
         let spec = Conv1dSpec { stride: shape.stride, padding: shape.stride.div_ceil(2), ..same(1, 1) };
         Ok(Self {
             units: units?,

@@ -64,8 +64,12 @@ impl Stft {
 
     fn apply(&self, audio: &Tensor, kind: Kind) -> Result<Tensor> {
         let (_, samples) = audio.dims2()?;
-        if self.n_fft < 2 || self.n_fft % 2 != 0 || self.hop == 0 {
-            bail!("STFT: expected an even frame length and a hop above 0, found {} and {}", self.n_fft, self.hop);
+        if self.n_fft < 2 || !self.n_fft.is_multiple_of(2) || self.hop == 0 {
+            bail!(
+                "STFT: expected an even frame length and a hop above 0, found {} and {}",
+                self.n_fft,
+                self.hop
+            );
         }
         if samples <= self.n_fft / 2 {
             bail!(
@@ -91,10 +95,10 @@ impl Stft {
         let window = hann(n);
         let mut basis = vec![0f64; 2 * bins * n]; // [2*bins, n_fft]
         for k in 0..bins {
-            for i in 0..n {
+            for (i, w) in window.iter().enumerate() {
                 let angle = 2.0 * std::f64::consts::PI * ((k * i) % n) as f64 / n as f64;
-                basis[k * n + i] = window[i] * angle.cos();
-                basis[(bins + k) * n + i] = -window[i] * angle.sin();
+                basis[k * n + i] = w * angle.cos();
+                basis[(bins + k) * n + i] = -w * angle.sin();
             }
         }
         let basis = Tensor::from_vec(basis, (2 * bins, n), audio.device())?.to_dtype(audio.dtype())?;
@@ -154,8 +158,12 @@ impl CustomOp1 for Fused {
             Kind::Magnitude => Shape::from((batch, frames, bins)),
         };
         let out = match storage.dtype() {
-            DType::F32 => f32::to_cpu_storage_owned(self.forward(contiguous::<f32>(storage, layout)?, samples)),
-            DType::F64 => f64::to_cpu_storage_owned(self.forward(contiguous::<f64>(storage, layout)?, samples)),
+            DType::F32 => {
+                f32::to_cpu_storage_owned(self.forward(contiguous::<f32>(storage, layout)?, samples))
+            }
+            DType::F64 => {
+                f64::to_cpu_storage_owned(self.forward(contiguous::<f64>(storage, layout)?, samples))
+            }
             other => bail!("STFT: expected f32 or f64, found {other:?}"),
         };
         Ok((out, shape))
@@ -229,7 +237,8 @@ impl Fused {
         let (frames, width, n) = (self.stft.n_frames(samples), self.width(), self.stft.n_fft);
         let plan = Plan::<T>::new(n);
         let mut out = vec![T::zero(); audio.len()];
-        let rows = out.par_chunks_mut(samples).zip(audio.par_chunks(samples)).zip(grad.par_chunks(frames * width));
+        let rows =
+            out.par_chunks_mut(samples).zip(audio.par_chunks(samples)).zip(grad.par_chunks(frames * width));
         rows.for_each(|((out, audio), grad)| {
             let mut scratch = plan.scratch();
             for (frame, grad) in grad.chunks(width).enumerate() {
@@ -410,9 +419,18 @@ mod tests {
     #[test]
     fn a_sine_stands_in_its_bin() {
         let n = 64;
-        let sine: Vec<f64> = (0..512).map(|i| (2.0 * std::f64::consts::PI * 8.0 * i as f64 / n as f64).sin()).collect();
+        let sine: Vec<f64> =
+            (0..512).map(|i| (2.0 * std::f64::consts::PI * 8.0 * i as f64 / n as f64).sin()).collect();
         let audio = Tensor::from_vec(sine, (1, 512), &Device::Cpu).unwrap();
-        let frame = Stft::quarter(n).magnitude(&audio).unwrap().get(0).unwrap().get(10).unwrap().to_vec1::<f64>().unwrap();
+        let frame = Stft::quarter(n)
+            .magnitude(&audio)
+            .unwrap()
+            .get(0)
+            .unwrap()
+            .get(10)
+            .unwrap()
+            .to_vec1::<f64>()
+            .unwrap();
         // A Hann window of N samples passes amplitude N/4 at the sine's own frequency.
         assert!((frame[8] - 16.0).abs() < 1e-9);
         assert!(frame[12] < 1e-3);

@@ -10,7 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
 use crate::discriminator::{self, Discriminator};
-use crate::losses::{MelLoss, StftLoss, discriminator_loss, feature_matching_loss, generator_loss, l1, si_sdr};
+use crate::losses::{
+    MelLoss, StftLoss, discriminator_loss, feature_matching_loss, generator_loss, l1, si_sdr,
+};
 use crate::vae::{self, AudioVae};
 
 /// Weights of the terms of the generator's loss.
@@ -61,7 +63,7 @@ impl TrainingConfig {
     /// Settings of the embedded model.
     pub fn tiny_music() -> Self {
         Self {
-            n_steps: 2500,
+            n_steps: 4000,
             warmup_steps: 50,
             lr: 8e-4,
             discriminator_lr: 3e-4,
@@ -71,7 +73,7 @@ impl TrainingConfig {
                 mel: 1.0,
                 stft: 1.0,
                 waveform: 5.0,
-                kl: 5e-4,
+                kl: 1e-4,
                 adversarial: 0.1,
                 feature_matching: 0.5,
             },
@@ -141,8 +143,9 @@ impl Group {
         self.params.load_tensors(&map, &format!("{prefix}.weights.")).map_err(candle_core::Error::wrap)?;
         self.ema.shadow().load_tensors(&map, &format!("{prefix}.ema.")).map_err(candle_core::Error::wrap)?;
         let optimiser_prefix = format!("{prefix}.optimiser.");
-        let optimiser =
-            state.iter().filter_map(|(k, v)| Some((k.strip_prefix(&optimiser_prefix)?.to_string(), v.clone())));
+        let optimiser = state
+            .iter()
+            .filter_map(|(k, v)| Some((k.strip_prefix(&optimiser_prefix)?.to_string(), v.clone())));
         self.optimiser.load_state(&optimiser.collect())
     }
 }
@@ -155,7 +158,8 @@ impl Training {
     pub fn new(model: &Config, cfg: &TrainingConfig, seed: u64, device: &Device) -> Result<Self> {
         let dtype = DType::F32;
         let (encoder, decoder, critic) = (Params::new(seed), Params::new(seed), Params::new(seed));
-        let vae = AudioVae::from_parts(model, encoder.builder(dtype, device), decoder.builder(dtype, device))?;
+        let vae =
+            AudioVae::from_parts(model, encoder.builder(dtype, device), decoder.builder(dtype, device))?;
         let discriminator = Discriminator::new(&cfg.discriminator, critic.builder(dtype, device))?;
         initialise(model, &encoder, &decoder)?;
         let encoder = Group::new(encoder, cfg, cfg.lr)?;
@@ -249,7 +253,10 @@ impl Training {
             let loss = discriminator_loss(&fake, &real)?;
             log.push(("discriminator", scalar(&loss)?));
             let lr = self.cfg.discriminator_lr * scale;
-            log.push(("discriminator_grad_norm", self.discriminator_group.update(&dragon_nn::backward(&loss)?, lr)?));
+            log.push((
+                "discriminator_grad_norm",
+                self.discriminator_group.update(&dragon_nn::backward(&loss)?, lr)?,
+            ));
             let fake = self.discriminator.forward(&estimate)?;
             let real = self.discriminator.forward(&audio)?;
             terms.push(("adversarial", w.adversarial, generator_loss(&fake)?));
@@ -363,11 +370,11 @@ fn initialise(cfg: &Config, encoder: &Params, decoder: &Params) -> Result<()> {
         let dims = var.dims().to_vec();
         let mut values = vec![0f32; var.elem_count()];
         match parameter {
-            "bias" if layer == last => values[cfg.latent_dim..].fill(-4.0),
+            "bias" if layer == last => values[cfg.inner_dim()..].fill(-4.0),
             "bias" => {}
             "weight_g" if layer == last => {
-                values[..cfg.latent_dim].fill(1.0);
-                values[cfg.latent_dim..].fill(0.05);
+                values[..cfg.inner_dim()].fill(1.0);
+                values[cfg.inner_dim()..].fill(0.05);
             }
             "weight_g" if layer == first => values.fill(4.0),
             "weight_g" if layer == decoder_last => values.fill(0.15),
@@ -420,7 +427,8 @@ pub struct Clips {
 impl Clips {
     /// Adds a clip of samples in [-1, 1]; what lies outside is clipped.
     pub fn push(&mut self, samples: &[f32]) {
-        self.clips.push(samples.iter().map(|s| (s * 32767.0).round().clamp(-32767.0, 32767.0) as i16).collect());
+        self.clips
+            .push(samples.iter().map(|s| (s * 32767.0).round().clamp(-32767.0, 32767.0) as i16).collect());
     }
 
     /// Number of clips.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 use candle_nn::VarBuilder;
-use dragon_nn::Params;
+use dragon_nn::{LoadError, Params};
 
 use crate::config::Config;
 use crate::model::{Decoder, Encoder};
@@ -93,8 +93,7 @@ impl AudioVae {
         let cfg = read_config(&dir.join("config.json"))?;
         let params = Params::new(0);
         let vae = Self::new(&cfg, params.builder(dtype, device)).map_err(|source| Error::Model { source })?;
-        let path = dir.join("model.safetensors");
-        params.load(&path).map_err(|source| Error::Weights { path, source: Box::new(source) })?;
+        params.load(dir.join("model.safetensors"))?;
         Ok(vae)
     }
 
@@ -204,7 +203,8 @@ impl AudioVae {
                 "latents cannot be normalised: `latent_mean` and `latent_std` are missing in the VAE's config.json; export the VAE with `dragon pretrain vae`"
             );
         }
-        let tensor = |v: &[f32]| Tensor::new(v, like.device())?.to_dtype(like.dtype())?.reshape((1, v.len(), 1));
+        let tensor =
+            |v: &[f32]| Tensor::new(v, like.device())?.to_dtype(like.dtype())?.reshape((1, v.len(), 1));
         Ok((tensor(&self.cfg.latent_mean)?, tensor(&self.cfg.latent_std)?)) // [1, C, 1]
     }
 }
@@ -222,7 +222,7 @@ pub fn save(dir: &Path, cfg: &Config, tensors: &BTreeMap<String, Tensor>) -> std
         f32s.insert(name.clone(), tensor);
     }
     dragon_nn::write_safetensors(&path, &f32s, &BTreeMap::new())
-        .map_err(|source| Error::Weights { path, source: Box::new(source) })?;
+        .map_err(|source| Error::Write { path, source })?;
     let path = dir.join("config.json");
     let json = serde_json::to_string_pretty(cfg).expect("a config of numbers and names always serialises");
     let temporary = dir.join("config.json.tmp");
@@ -250,13 +250,16 @@ pub enum Error {
         /// Key, what was expected, what was found.
         message: String,
     },
-    /// The weights cannot be read or written, or do not fit the config.
-    #[error("`{}`: {source}", path.display())]
-    Weights {
+    /// The weights cannot be read, or do not fit the config.
+    #[error(transparent)]
+    Weights(#[from] LoadError),
+    /// The weights cannot be written.
+    #[error("cannot write `{}`: {source}", path.display())]
+    Write {
         /// The file.
         path: PathBuf,
-        /// All missing, unused and misshapen tensors, or what the system said.
-        source: Box<dyn std::error::Error + Send + Sync>,
+        /// What the writer said.
+        source: candle_core::Error,
     },
     /// The model could not be built.
     #[error("the VAE cannot be built: {source}")]
@@ -267,7 +270,8 @@ pub enum Error {
 }
 
 fn read_config(path: &Path) -> std::result::Result<Config, Error> {
-    let text = std::fs::read_to_string(path).map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
+    let text =
+        std::fs::read_to_string(path).map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
     let refuse = |message: String| Error::Config { path: path.to_path_buf(), message };
     let cfg: Config = serde_json::from_str(&text).map_err(|e| refuse(e.to_string()))?;
     cfg.validate().map_err(refuse)?;

@@ -32,6 +32,10 @@ fn assert_every_gradient(params: &Params, loss: &Tensor) {
     }
 }
 
+fn folded() -> Config {
+    Config { frames_per_latent: 2, ..Config::tiny() }
+}
+
 fn odd_strides() -> Config {
     Config { strides: vec![3, 5], encoder_units: vec![2, 0], decoder_units: vec![1, 2], ..Config::tiny() }
 }
@@ -42,13 +46,14 @@ fn every_parameter_gets_a_gradient() {
     let audio = (noise((2, 1, 64)) * 0.3).unwrap();
     let posterior = vae.encode(&audio).unwrap();
     let estimate = vae.decode(&posterior.sample(&noise((2, 4, 8))).unwrap()).unwrap();
-    let loss = ((estimate - audio).unwrap().sqr().unwrap().mean_all().unwrap() + posterior.kl().unwrap()).unwrap();
+    let loss =
+        ((estimate - audio).unwrap().sqr().unwrap().mean_all().unwrap() + posterior.kl().unwrap()).unwrap();
     assert_every_gradient(&params, &loss);
 }
 
 #[test]
 fn shapes_are_as_documented() {
-    for cfg in [Config::tiny(), odd_strides()] {
+    for cfg in [Config::tiny(), odd_strides(), folded()] {
         let (_, vae) = build(&cfg);
         let posterior = vae.encode(&noise((2, 1, 6 * cfg.hop()))).unwrap();
         assert_eq!(posterior.mean.dims(), [2, 4, 6]);
@@ -71,7 +76,9 @@ fn input_that_does_not_fit_is_refused_with_both_numbers() {
 
 #[test]
 fn chunked_decode_equals_whole_decode() {
-    for cfg in [Config::tiny(), odd_strides(), Config { decoder_units: vec![0, 1], ..Config::tiny() }] {
+    for cfg in
+        [Config::tiny(), odd_strides(), folded(), Config { decoder_units: vec![0, 1], ..Config::tiny() }]
+    {
         let (_, vae) = build(&cfg);
         let latents = noise((2, 4, 61));
         let whole = vae.decode(&latents).unwrap();
@@ -103,8 +110,7 @@ fn kl_has_its_closed_form_and_vanishes_at_the_standard_normal() {
     let standard = Posterior { mean: zeros.clone(), log_var: zeros.clone() };
     assert_eq!(scalar(&standard.kl().unwrap()), 0.0);
     // Mean 2, deviation 3: ln(1/3) + (9 + 4)/2 - 1/2.
-    let posterior =
-        Posterior { mean: (&zeros + 2.0).unwrap(), log_var: (&zeros + 9f64.ln()).unwrap() };
+    let posterior = Posterior { mean: (&zeros + 2.0).unwrap(), log_var: (&zeros + 9f64.ln()).unwrap() };
     let want = -(3f32.ln()) + 6.0;
     assert!((scalar(&posterior.kl().unwrap()) - want).abs() < 1e-5);
     let sample = posterior.sample(&(&zeros + 1.0).unwrap()).unwrap();
@@ -130,7 +136,8 @@ fn every_parameter_of_the_discriminators_gets_a_gradient() {
     let (real_maps, fake_maps) =
         (discriminator.forward(&real).unwrap(), discriminator.forward(&fake).unwrap());
     assert_every_gradient(&params, &discriminator_loss(&fake_maps, &real_maps).unwrap());
-    for loss in [generator_loss(&fake_maps).unwrap(), feature_matching_loss(&fake_maps, &real_maps).unwrap()] {
+    for loss in [generator_loss(&fake_maps).unwrap(), feature_matching_loss(&fake_maps, &real_maps).unwrap()]
+    {
         let grads = loss.backward().unwrap();
         let size = scalar(&grads.get(&fake).unwrap().abs().unwrap().sum_all().unwrap());
         assert!(size.is_finite() && size > 0.0);
@@ -216,10 +223,14 @@ fn a_folder_of_another_shape_is_refused_with_all_differences() {
     std::fs::write(&path, serde_json::to_string(&cfg).unwrap()).unwrap();
     let message = AudioVae::load(dir.path(), DType::F32, &Device::Cpu).unwrap_err().to_string();
     assert!(message.contains("does not fit this config"), "{message}");
-    assert!(message.contains("encoder.block.3.alpha") && message.contains("encoder.block.4.weight_v"), "{message}");
+    assert!(
+        message.contains("encoder.block.3.alpha") && message.contains("encoder.block.4.weight_v"),
+        "{message}"
+    );
     std::fs::write(&path, "{\"hop\": 3}").unwrap();
     let message = AudioVae::load(dir.path(), DType::F32, &Device::Cpu).unwrap_err().to_string();
     assert!(message.contains("config.json` is not a VAE config: unknown field `hop`"), "{message}");
-    let message = AudioVae::load(&dir.path().join("nowhere"), DType::F32, &Device::Cpu).unwrap_err().to_string();
+    let message =
+        AudioVae::load(&dir.path().join("nowhere"), DType::F32, &Device::Cpu).unwrap_err().to_string();
     assert!(message.contains("cannot access"), "{message}");
 }

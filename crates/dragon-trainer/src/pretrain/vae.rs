@@ -67,7 +67,11 @@ impl VaeConfig {
         }
         self.model.validate().map_err(|message| Error::config("vae.model", "a valid model", message))?;
         if self.model.audio_channels != 1 {
-            return Err(Error::config("vae.model.audio_channels", "1, the clips are mono", self.model.audio_channels));
+            return Err(Error::config(
+                "vae.model.audio_channels",
+                "1, the clips are mono",
+                self.model.audio_channels,
+            ));
         }
         // The longest window of the losses must fit: it is reflected by half its length.
         let samples = self.crop_frames * self.model.hop();
@@ -111,10 +115,15 @@ impl VaeTask {
                     Split::Valid => &mut valid,
                     Split::Test => continue,
                 };
-                let clip = dragon_audio::read_mono(&folder.join(&entry.path), rate).map_err(Error::input(context()))?;
+                let clip = dragon_audio::read_mono(&folder.join(&entry.path), rate)
+                    .map_err(Error::input(context()))?;
                 if clip.samples.len() < cfg.model.hop() {
                     return Err(Error::Data {
-                        problem: format!("clip `{}` of `{}` is shorter than a latent frame", entry.id, manifest.display()),
+                        problem: format!(
+                            "clip `{}` of `{}` is shorter than a latent frame",
+                            entry.id,
+                            manifest.display()
+                        ),
                         hint: "make the clips again with `dragon data`".to_owned(),
                     });
                 }
@@ -125,7 +134,8 @@ impl VaeTask {
             if clips.is_empty() {
                 return Err(Error::Data {
                     problem: format!("no clip of the {name} split in the manifests"),
-                    hint: "add clips: 5 % of the pieces go to validation, so a few dozen pieces are needed".to_owned(),
+                    hint: "add clips: 5 % of the pieces go to validation, so a few dozen pieces are needed"
+                        .to_owned(),
                 });
             }
         }
@@ -138,7 +148,10 @@ impl VaeTask {
         let spread = |clips: &Clips, n: usize| -> Result<Vec<Tensor>> {
             let every = clips.len().div_ceil(n);
             let hop = cfg.model.hop();
-            Ok((0..clips.len()).step_by(every).map(|i| clips.whole(i, hop, device)).collect::<Result<_, _>>()?)
+            Ok((0..clips.len())
+                .step_by(every)
+                .map(|i| clips.whole(i, hop, device))
+                .collect::<std::result::Result<_, candle_core::Error>>()?)
         };
         Ok(Self {
             valid: spread(&valid, cfg.n_valid_clips)?,
