@@ -1,19 +1,67 @@
 //! From a preset, a config file and `--set` overrides to one checked config.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde::de::DeserializeOwned;
 use toml::{Table, Value};
 
 /// The presets that ship inside the binary: name and text.
-pub const PRESETS: &[(&str, &str)] = &[];
+pub const PRESETS: &[(&str, &str)] = &[
+    ("finetune/per-song-fad", include_str!("../presets/finetune/per-song-fad.toml")),
+    ("eval/default", include_str!("../presets/eval/default.toml")),
+    ("pretrain/vae", include_str!("../presets/pretrain/vae.toml")),
+    ("pretrain/clap", include_str!("../presets/pretrain/clap.toml")),
+    ("pretrain/dit", include_str!("../presets/pretrain/dit.toml")),
+];
+
+/// Paths in a config that start with this word lie in the folder of shipped files, see [`shipped`].
+const BUILTIN: &str = "builtin:";
+
+/// The folder of shipped models, statistics and prompts: `$DRAGON_FIXTURES`, else `fixtures/` of the checkout that this
+/// program was built from.
+pub fn shipped() -> PathBuf {
+    match std::env::var_os("DRAGON_FIXTURES") {
+        Some(dir) => dir.into(),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures"),
+    }
+}
+
+/// A path given by the user, which may start with `builtin:`.
+pub fn path(given: &str) -> PathBuf {
+    match given.strip_prefix(BUILTIN) {
+        Some(rest) => {
+            let path = shipped().join(rest);
+            path.canonicalize().unwrap_or(path)
+        }
+        None => given.into(),
+    }
+}
+
+/// Replaces every `builtin:…` in the config by its path.
+fn expand(value: &mut Value) {
+    match value {
+        Value::String(text) if text.starts_with(BUILTIN) => *text = path(text).to_string_lossy().into_owned(),
+        Value::Array(items) => items.iter_mut().for_each(expand),
+        Value::Table(table) => table.iter_mut().for_each(|(_, v)| expand(v)),
+        _ => {}
+    }
+}
 
 /// Resolves a config: the preset (or the file `--config`) with the overrides applied, read strictly.
 ///
 /// # Errors
 /// If the file cannot be read, is not TOML, or the result does not fit `T`: an unknown key, a wrong type.
 pub fn resolve<T: DeserializeOwned>(preset: &str, file: Option<&Path>, overrides: &[String]) -> Result<T> {
+    let origin = file.map_or_else(|| format!("preset `{preset}`"), |path| path.display().to_string());
+    read(table(preset, file, overrides)?, &origin)
+}
+
+/// The preset (or the file) as a table, with the overrides applied and shipped paths resolved.
+///
+/// # Errors
+/// If the file cannot be read or is not TOML, or an override names no key.
+pub fn table(preset: &str, file: Option<&Path>, overrides: &[String]) -> Result<Table> {
     let (origin, text) = match file {
         Some(path) => {
             let text = std::fs::read_to_string(path)
@@ -27,10 +75,17 @@ pub fn resolve<T: DeserializeOwned>(preset: &str, file: Option<&Path>, overrides
     for item in overrides {
         apply(&mut table, item)?;
     }
-    T::deserialize(Value::Table(table)).map_err(|err| {
-        let origin = if overrides.is_empty() { origin } else { format!("{origin} with {}", overrides.join(" ")) };
-        anyhow!("{origin} is not a valid config\n  {}", err.to_string().trim().replace('\n', "\n  "))
-    })
+    table.iter_mut().for_each(|(_, value)| expand(value));
+    Ok(table)
+}
+
+/// A table as a config; `origin` names it in errors.
+///
+/// # Errors
+/// If the table does not fit `T`.
+pub fn read<T: DeserializeOwned>(table: Table, origin: &str) -> Result<T> {
+    T::deserialize(Value::Table(table))
+        .map_err(|err| anyhow!("{origin} is not a valid config\n  {}", err.to_string().trim().replace('\n', "\n  ")))
 }
 
 fn preset_text(name: &str) -> Result<&'static str> {
@@ -95,6 +150,15 @@ mod tests {
         assert_eq!(train["lr"].as_float(), Some(1.0));
         assert_eq!(train["name"].as_str(), Some("b"));
         assert_eq!(t["seed"].as_integer(), Some(7));
+    }
+
+    #[test]
+    fn a_builtin_path_leads_to_the_shipped_files() {
+        let mut value = Value::Table("a = [\"builtin:tiny\"]\nb = \"x\"".parse().unwrap());
+        expand(&mut value);
+        assert!(value["a"][0].as_str().unwrap().ends_with("tiny"), "{value}");
+        assert!(!value["a"][0].as_str().unwrap().contains("builtin"), "{value}");
+        assert_eq!(value["b"].as_str(), Some("x"));
     }
 
     #[test]

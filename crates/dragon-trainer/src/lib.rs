@@ -15,6 +15,7 @@ pub mod eval;
 pub mod finetune;
 pub mod generate;
 pub mod losses;
+pub mod pack;
 pub mod pretrain;
 pub mod report;
 pub mod rollout;

@@ -1,18 +1,95 @@
 //! The commands, one module each.
 
+mod data;
+mod embed;
+mod eval;
+mod finetune;
+mod generate;
+mod pack;
+mod pretrain;
+
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
-use clap::Subcommand;
+use clap::{Args, Subcommand};
+use dragon_trainer::{Progress, RunContext};
 
 /// What `dragon` can do.
 #[derive(Subcommand)]
-pub enum Command {}
+pub enum Command {
+    /// Make a manifest of music and captions: fetch packages, render scores, import your own files
+    #[command(subcommand)]
+    Data(data::Command),
+    /// Train the parts of a text-to-music model: vae, clap, dit
+    Pretrain(pretrain::Args),
+    /// Put trained parts together into one model folder, weights in f16
+    Pack(pack::Args),
+    /// Turn prompts into WAV files
+    Generate(generate::Args),
+    /// Turn a folder of audio into embeddings, or into reference statistics
+    Embed(embed::Args),
+    /// Fine-tune the diffusion model towards a reward (DRAGON), then compare it with its base
+    Finetune(finetune::Args),
+    /// Compare a tuned model with its base on held-out prompts, or two folders of audio
+    Eval(eval::Args),
+}
 
 impl Command {
     /// Runs the command to its end, or until `stop` is set.
-    pub fn run(self, _stop: &Arc<AtomicBool>) -> Result<()> {
-        match self {}
+    pub fn run(self, stop: &Arc<AtomicBool>) -> Result<()> {
+        match self {
+            Command::Data(command) => data::run(command, stop),
+            Command::Pretrain(args) => pretrain::run(args, stop),
+            Command::Pack(args) => pack::run(args),
+            Command::Generate(args) => generate::run(args, stop),
+            Command::Embed(args) => embed::run(args, stop),
+            Command::Finetune(args) => finetune::run(args, stop),
+            Command::Eval(args) => eval::run(args, stop),
+        }
+    }
+}
+
+/// Where the config comes from.
+#[derive(Args)]
+pub struct ConfigArgs {
+    /// Read this TOML file instead of a preset
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Change one key of the config, e.g. --set run.steps=20; may be given several times
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+    /// Seed of everything random; short for --set seed=N
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+}
+
+impl ConfigArgs {
+    /// The overrides in order, `--seed` last.
+    fn overrides(&self) -> Vec<String> {
+        self.overrides.iter().cloned().chain(self.seed.map(|seed| format!("seed={seed}"))).collect()
+    }
+}
+
+/// Where and how a run takes place.
+#[derive(Args)]
+pub struct RunArgs {
+    /// Continue the run in the output folder from its newest checkpoint, bit for bit as if it had not stopped
+    #[arg(long)]
+    resume: bool,
+    /// Where tensors live: `cpu` or `cuda` (`cuda:1` for the second GPU)
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
+/// The context of a run in `out_dir`, with progress on stderr.
+fn context(out_dir: PathBuf, resume: bool, stop: &Arc<AtomicBool>) -> RunContext {
+    RunContext {
+        stop: stop.clone(),
+        resume,
+        progress: Progress::auto(),
+        command: std::env::args().collect::<Vec<_>>().join(" "),
+        ..RunContext::new(out_dir)
     }
 }
