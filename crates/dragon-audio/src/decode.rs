@@ -76,6 +76,27 @@ pub fn read_tags(path: &Path) -> Result<Vec<(String, String)>> {
     Ok(tags)
 }
 
+/// Duration of a file in seconds, from its container where that states it (fast), else by decoding.
+///
+/// # Errors
+/// As [`read`] for what can be seen without decoding; damage inside the stream is only found by [`read`].
+pub fn read_duration_s(path: &Path) -> Result<f64> {
+    let file = File::open(path).map_err(|e| Error::io(path, "read", e))?;
+    let stream = MediaSourceStream::new(Box::new(file), Default::default());
+    let (format_options, metadata_options) = (FormatOptions::default(), MetadataOptions::default());
+    let probed =
+        symphonia::default::get_probe().probe(&Hint::new(), stream, format_options, metadata_options);
+    let stated = probed.ok().and_then(|format| {
+        let track = format.default_track(TrackType::Audio)?;
+        let Some(CodecParameters::Audio(params)) = &track.codec_params else { return None };
+        Some(track.num_frames.filter(|&n| n > 0)? as f64 / f64::from(params.sample_rate?))
+    });
+    match stated {
+        Some(duration_s) => Ok(duration_s),
+        None => Ok(read(path)?.duration_s()),
+    }
+}
+
 /// Decodes the first audio track.
 fn decode(path: &Path, file: File, kind: Kind) -> Result<Audio> {
     let unsupported = |found: String| Error::Unsupported { path: path.to_path_buf(), found };

@@ -3,7 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dragon_audio::{Audio, Clip, Error, SampleFormat, peak, read, read_mono, read_tags, rms_dbfs, write_wav};
+use dragon_audio::{
+    Audio, Clip, Error, SampleFormat, peak, read, read_duration_s, read_mono, read_tags, rms_dbfs, write_wav,
+};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name)
@@ -62,6 +64,7 @@ fn the_music_fixtures_are_music() {
         n += 1;
         let audio = read(&path).unwrap();
         assert_eq!((audio.channels.len(), audio.sample_rate_hz), (2, 44100));
+        assert_eq!(read_duration_s(&path).unwrap(), audio.duration_s());
         assert!((7.9..8.1).contains(&audio.duration_s()), "{}", audio.duration_s());
         let mono = read_mono(&path, 16000).unwrap();
         assert_eq!(mono.samples.len(), (audio.n_samples() * 16000).div_ceil(44100));

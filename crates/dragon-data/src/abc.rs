@@ -421,11 +421,9 @@ impl Body {
 
     fn field(&mut self, field: char, value: &str) {
         match field {
-            'K' if self.in_first_voice => {
-                // "K: clef=bass" and the like change no key
-                if value.chars().next().is_some_and(|c| "ABCDEFGH".contains(c)) {
-                    self.key = Key::parse(value);
-                }
+            // "K: clef=bass" and the like change no key
+            'K' if self.in_first_voice && value.starts_with(|c| "ABCDEFGH".contains(c)) => {
+                self.key = Key::parse(value);
             }
             'L' if self.in_first_voice => self.unit = parse_length(value).unwrap_or(self.unit),
             'V' => {
@@ -752,9 +750,8 @@ fn expand(written: &[Written]) -> Vec<Bar> {
             (i, pass, ending) = (start, 2, None);
             continue;
         }
-        if w.ends_repeat && !(wrong_ending && pass == 2) {
-            (start, pass, ending) = (i + 1, 1, None);
-        } else if w.closes && ending == Some(2) {
+        let repeat_is_done = w.ends_repeat && !(wrong_ending && pass == 2);
+        if repeat_is_done || w.closes && ending == Some(2) {
             (start, pass, ending) = (i + 1, 1, None);
         }
         i += 1;

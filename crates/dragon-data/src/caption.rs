@@ -104,9 +104,9 @@ fn player(facts: &Facts, choices: &mut Choices) -> String {
 
 fn tempo(facts: &Facts, choices: &mut Choices) -> &'static str {
     match facts.tempo {
-        Tempo::Slow => *choices.pick(&["slow", "slow", "unhurried", "slow-paced"]),
-        Tempo::Medium => *choices.pick(&["medium-tempo", "moderate", "mid-tempo"]),
-        Tempo::Fast => *choices.pick(&["fast", "fast", "quick", "lively"]),
+        Tempo::Slow => choices.pick::<&str>(&["slow", "slow", "unhurried", "slow-paced"]),
+        Tempo::Medium => choices.pick::<&str>(&["medium-tempo", "moderate", "mid-tempo"]),
+        Tempo::Fast => choices.pick::<&str>(&["fast", "fast", "quick", "lively"]),
     }
 }
 
@@ -135,9 +135,9 @@ fn meter(facts: &Facts, choices: &mut Choices) -> String {
 
 fn register(facts: &Facts, choices: &mut Choices) -> &'static str {
     match facts.register {
-        Register::Low => *choices.pick(&["low", "low-pitched", "deep"]),
-        Register::Middle => *choices.pick(&["mid-range", "middle-register"]),
-        Register::High => *choices.pick(&["high", "high-pitched"]),
+        Register::Low => choices.pick::<&str>(&["low", "low-pitched", "deep"]),
+        Register::Middle => choices.pick::<&str>(&["mid-range", "middle-register"]),
+        Register::High => choices.pick::<&str>(&["high", "high-pitched"]),
     }
 }
 

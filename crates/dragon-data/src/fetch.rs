@@ -221,15 +221,12 @@ pub fn recordings(options: &Options, stop: &AtomicBool) -> Result<Summary> {
 
     let mut summary = Summary::default();
     let mut sources: Vec<Value> = Vec::new();
-    // 1: which tracks are long enough; durations come from decoding, two tracks at a time
+    // 1: which tracks are long enough
     let mut usable: Vec<(Track, f64)> = Vec::new();
-    let durations: Vec<Result<f64>> =
-        tracks
-            .par_iter()
-            .map(|t| {
-                if is_excluded(t).is_some() { Ok(0.0) } else { Ok(dragon_audio::read(&t.path)?.duration_s()) }
-            })
-            .collect();
+    let durations: Vec<Result<f64>> = tracks
+        .par_iter()
+        .map(|t| if is_excluded(t).is_some() { Ok(0.0) } else { Ok(dragon_audio::read_duration_s(&t.path)?) })
+        .collect();
     for (track, duration) in tracks.into_iter().zip(durations) {
         let refusal = match (&duration, is_excluded(&track)) {
             (_, Some(reason)) => Some(reason.to_string()),
@@ -331,7 +328,13 @@ fn cut(track: &Track, duration_s: f64, n: usize, options: &Options, store: &Stor
     if kept.len() == n {
         return Ok(Cut { entries: kept.into_iter().cloned().collect(), refused: Vec::new(), n_kept: n });
     }
-    let audio = dragon_audio::read_mono(&track.path, SAMPLE_RATE_HZ)?;
+    let audio = match dragon_audio::read_mono(&track.path, SAMPLE_RATE_HZ) {
+        Ok(audio) => audio,
+        Err(error) => {
+            tracing::warn!("track left out: {error}");
+            return Ok(Cut { refused: vec!["track left out: damaged"], ..Cut::default() });
+        }
+    };
     let mut cut = Cut::default();
     for (id, start_s) in plan {
         if let Some(entry) = store.kept(&id) {
