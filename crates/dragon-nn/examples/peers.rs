@@ -6,8 +6,8 @@
 
 use candle_core::{DType, Device, Module, Result, Tensor};
 use dragon_nn::{
-    AdamW, AdamWConfig, Conv1d, Conv1dSpec, ConvTranspose1d, ConvTranspose1dSpec, Linear, Params, Rng, Snake, attention,
-    conv_transpose1d, conv1d, layer_norm, linear, swiglu,
+    AdamW, AdamWConfig, Conv1d, Conv1dSpec, ConvTranspose1d, ConvTranspose1dSpec, Linear, Params, Rng, Snake,
+    attention, conv_transpose1d, conv1d, layer_norm, linear, swiglu,
 };
 use std::io::{BufRead, Write};
 use std::time::Instant;
@@ -28,7 +28,11 @@ fn var(key: &str, shape: &[usize]) -> Result<Tensor> {
 type Case = Box<dyn FnMut() -> Result<()>>;
 
 /// Times the forward pass on constants, or forward and backward on variables.
-fn operation(backward: bool, shapes: &[&[usize]], f: impl Fn(&[Tensor]) -> Result<Tensor> + 'static) -> Result<Case> {
+fn operation(
+    backward: bool,
+    shapes: &[&[usize]],
+    f: impl Fn(&[Tensor]) -> Result<Tensor> + 'static,
+) -> Result<Case> {
     let inputs: Vec<Tensor> = shapes
         .iter()
         .enumerate()
@@ -73,7 +77,8 @@ impl Block {
         let (b, t, c) = x.dims3()?;
         let h = layer_norm(x, None, None, 1e-5)?;
         let heads = |t_: Tensor| t_.reshape((b, t, self.heads, c / self.heads));
-        let (q, k, v) = (heads(self.q.forward(&h)?)?, heads(self.k.forward(&h)?)?, heads(self.v.forward(&h)?)?);
+        let (q, k, v) =
+            (heads(self.q.forward(&h)?)?, heads(self.k.forward(&h)?)?, heads(self.v.forward(&h)?)?);
         let h = attention(&q, &k, &v, None, 1.0 / ((c / self.heads) as f64).sqrt())?.reshape((b, t, c))?;
         let x = (x + self.out.forward(&h)?)?;
         let h = swiglu(&self.up.forward(&layer_norm(&x, None, None, 1e-5)?)?)?;
@@ -175,7 +180,13 @@ fn codec(decode: bool, backward: bool) -> Result<Case> {
         layers.push(Box::new(Snake::new(widths[0], vb.pp("so"))?));
         layers.push(Box::new(Conv1d::new(widths[0], 1, 7, near, vb.pp("out"))?));
     } else {
-        layers.push(Box::new(Conv1d::new(widths[4], 64, 3, Conv1dSpec { padding: 1, ..near }, vb.pp("out"))?));
+        layers.push(Box::new(Conv1d::new(
+            widths[4],
+            64,
+            3,
+            Conv1dSpec { padding: 1, ..near },
+            vb.pp("out"),
+        )?));
     }
     Ok(Box::new(move || {
         let mut h = x.clone();
@@ -207,7 +218,9 @@ fn case(name: &str) -> Result<Case> {
         "conv1d_64_k7_d9" => {
             conv(Conv1dSpec { padding: 27, dilation: 9, ..plain }, &[&[4, 8192, 64], &[64, 64, 7], &[64]])
         }
-        "conv1d_512_k7" => conv(Conv1dSpec { padding: 3, ..plain }, &[&[4, 320, 512], &[512, 512, 7], &[512]]),
+        "conv1d_512_k7" => {
+            conv(Conv1dSpec { padding: 3, ..plain }, &[&[4, 320, 512], &[512, 512, 7], &[512]])
+        }
         "conv1d_16_k7" => conv(Conv1dSpec { padding: 3, ..plain }, &[&[2, 81920, 16], &[16, 16, 7], &[16]]),
         "conv1d_64_s4" => {
             conv(Conv1dSpec { stride: 4, padding: 2, ..plain }, &[&[4, 8192, 64], &[128, 64, 8], &[128]])
@@ -230,8 +243,12 @@ fn case(name: &str) -> Result<Case> {
         "linear_192_768" => {
             operation(backward, &[&[1280, 192], &[768, 192], &[768]], |t| linear(&t[0], &t[1], Some(&t[2])))
         }
-        "attention_80" => operation(backward, &[&[16, 80, 6, 32]; 3], |t| attention(&t[0], &t[1], &t[2], None, 0.2)),
-        "attention_1024" => operation(backward, &[&[2, 1024, 8, 64]; 3], |t| attention(&t[0], &t[1], &t[2], None, 0.2)),
+        "attention_80" => {
+            operation(backward, &[&[16, 80, 6, 32]; 3], |t| attention(&t[0], &t[1], &t[2], None, 0.2))
+        }
+        "attention_1024" => {
+            operation(backward, &[&[2, 1024, 8, 64]; 3], |t| attention(&t[0], &t[1], &t[2], None, 0.2))
+        }
         "transformer_192x6" => transformer(192, 6, 6, 16, pass),
         "transformer_512x8" => transformer(512, 8, 8, 8, pass),
         "transformer_192x6_step" => transformer(192, 6, 6, 16, Pass::Step),
@@ -253,7 +270,8 @@ fn main() -> Result<()> {
     for line in std::io::stdin().lock().lines() {
         let line = line.map_err(candle_core::Error::wrap)?;
         let mut words = line.split_whitespace();
-        let (Some(name), Some(seconds)) = (words.next(), words.next().and_then(|s| s.parse::<f64>().ok())) else {
+        let (Some(name), Some(seconds)) = (words.next(), words.next().and_then(|s| s.parse::<f64>().ok()))
+        else {
             candle_core::bail!("expected `CASE SECONDS`, got `{line}`")
         };
         let mut run = case(name)?;

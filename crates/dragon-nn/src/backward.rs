@@ -68,7 +68,8 @@ mod tests {
     #[test]
     fn gradients_equal_those_of_candle() {
         let var = |n: usize, shape: &[usize]| {
-            Var::from_tensor(&Tensor::arange(0f32, n as f32, &Device::Cpu).unwrap().reshape(shape).unwrap()).unwrap()
+            Var::from_tensor(&Tensor::arange(0f32, n as f32, &Device::Cpu).unwrap().reshape(shape).unwrap())
+                .unwrap()
         };
         let (x, w, b) = (var(6, &[2, 3]), var(9, &[3, 3]), var(3, &[3]));
         // The weight is used twice by us and once by candle.

@@ -12,6 +12,8 @@
 //!
 //! Activations are channels-last and contiguous, `[B, T, C]`; weights keep the layout of PyTorch's checkpoints.
 
+#![allow(clippy::needless_range_loop, reason = "kernels walk several slices in step; one index says so")]
+
 mod kernels;
 mod rng;
 

@@ -88,7 +88,7 @@ impl Weight {
     }
 }
 
-/// Convolution along time, `[B, T, Cin]` to `[B, T', Cout]`; see [`crate::conv1d`].
+/// Convolution along time, `[B, T, Cin]` to `[B, T', Cout]`; see [`crate::conv1d()`].
 #[derive(Debug, Clone)]
 pub struct Conv1d {
     weight: Weight,
@@ -162,7 +162,7 @@ impl Module for Conv1d {
     }
 }
 
-/// Transposed convolution along time, `[B, T, Cin]` to `[B, T', Cout]`; see [`crate::conv_transpose1d`].
+/// Transposed convolution along time, `[B, T, Cin]` to `[B, T', Cout]`; see [`crate::conv_transpose1d()`].
 #[derive(Debug, Clone)]
 pub struct ConvTranspose1d {
     weight: Weight,

@@ -29,7 +29,7 @@ pub enum LoadError {
         /// The file.
         path: PathBuf,
         /// What the reader said.
-        source: Error,
+        source: Box<Error>,
     },
     /// Names or shapes differ; every difference is listed.
     #[error("{}", mismatch_message(.path, .missing, .unused, .misshapen))]
@@ -51,7 +51,7 @@ pub enum LoadError {
         /// The tensor.
         name: String,
         /// What candle said.
-        source: Error,
+        source: Box<Error>,
     },
 }
 
@@ -113,7 +113,7 @@ impl Params {
     pub fn load(&self, path: impl AsRef<Path>) -> std::result::Result<(), LoadError> {
         let path = path.as_ref();
         let tensors = candle_core::safetensors::load(path, &Device::Cpu)
-            .map_err(|source| LoadError::Unreadable { path: path.to_path_buf(), source })?;
+            .map_err(|source| LoadError::Unreadable { path: path.to_path_buf(), source: source.into() })?;
         self.fill(&tensors, "", path)
     }
 
@@ -162,7 +162,11 @@ impl Params {
                 .to_device(var.device())
                 .and_then(|t| t.to_dtype(var.dtype()))
                 .and_then(|t| assign(var, &t))
-                .map_err(|source| LoadError::Tensor { path: path.to_path_buf(), name: full, source })?;
+                .map_err(|source| LoadError::Tensor {
+                    path: path.to_path_buf(),
+                    name: full,
+                    source: source.into(),
+                })?;
         }
         Ok(())
     }

@@ -2,8 +2,8 @@
 //! and its results do not depend on the number of threads.
 
 use crate::*;
-use candle_core::{DType, Device, Result, Tensor, Var};
-use dragon_testkit::{Tol, assert_close, gradient_check};
+use candle_core::{DType, Device, Module, Result, Tensor, Var};
+use dragon_testkit::{Golden, Tol, assert_close, gradient_check};
 
 const CPU: Device = Device::Cpu;
 
@@ -43,7 +43,7 @@ fn same_on_any_number_of_threads(inputs: &[Tensor], fast: impl Fn(&[Tensor]) -> 
             .collect();
         match &first {
             None => first = Some(got),
-            Some(want) => assert!(&got == want, "{n_threads} threads change the result"),
+            Some(want) => assert!(got == *want, "{n_threads} threads change the result"),
         }
     }
 }
@@ -67,7 +67,11 @@ fn run(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) -> Vec<Tensor
 fn linear_is_right() {
     for (rows, n_in, n_out) in [(1, 1, 1), (3, 5, 7), (1, 33, 17), (13, 20, 1), (8, 16, 48)] {
         let inputs = [noise("x", &[rows, n_in]), noise("w", &[n_out, n_in]), noise("b", &[n_out])];
-        check(&inputs, |t| linear(&t[0], &t[1], Some(&t[2])), |t| linear::plain::linear(&t[0], &t[1], Some(&t[2])));
+        check(
+            &inputs,
+            |t| linear(&t[0], &t[1], Some(&t[2])),
+            |t| linear::plain::linear(&t[0], &t[1], Some(&t[2])),
+        );
         check(&inputs[..2], |t| linear(&t[0], &t[1], None), |t| linear::plain::linear(&t[0], &t[1], None));
     }
     // A non-contiguous input of higher rank.
@@ -112,7 +116,8 @@ fn rows_of_linear_do_not_depend_on_their_number() {
         let w = noise("w", &[n_out, n_in]).to_dtype(DType::F32).unwrap();
         let all: Vec<Vec<f32>> = linear(&x, &w, None).unwrap().to_vec2().unwrap();
         for (start, n) in [(0, 1), (5, 1), (96, 1), (3, 2), (10, 7), (0, 50)] {
-            let some: Vec<Vec<f32>> = linear(&x.narrow(0, start, n).unwrap(), &w, None).unwrap().to_vec2().unwrap();
+            let some: Vec<Vec<f32>> =
+                linear(&x.narrow(0, start, n).unwrap(), &w, None).unwrap().to_vec2().unwrap();
             assert!(some[..] == all[start..start + n], "{n} rows of {n_in} -> {n_out}");
         }
     }
@@ -132,7 +137,8 @@ fn conv1d_is_right() {
         (7, 2, 2, 1, spec(4, 2, 1, 2)),
         (3, 2, 2, 3, spec(1, 4, 1, 1)), // more padding than reach
     ] {
-        let inputs = [noise("x", &[2, t, c_in]), noise("w", &[c_out, c_in / spec.groups, k]), noise("b", &[c_out])];
+        let inputs =
+            [noise("x", &[2, t, c_in]), noise("w", &[c_out, c_in / spec.groups, k]), noise("b", &[c_out])];
         let plain = |t: &[Tensor]| conv1d::plain::conv1d(&t[0], &t[1], t.get(2), spec);
         check(&inputs, |t| conv1d(&t[0], &t[1], Some(&t[2]), spec), plain);
         check(&inputs[..2], |t| conv1d(&t[0], &t[1], None, spec), plain);
@@ -156,7 +162,8 @@ fn conv_transpose1d_is_right() {
         (4, 2, 3, 2, spec(3, 0, 1, 1, 1)), // phases without taps
         (5, 4, 6, 3, spec(2, 2, 1, 2, 2)),
     ] {
-        let inputs = [noise("x", &[2, t, c_in]), noise("w", &[c_in, c_out / spec.groups, k]), noise("b", &[c_out])];
+        let inputs =
+            [noise("x", &[2, t, c_in]), noise("w", &[c_in, c_out / spec.groups, k]), noise("b", &[c_out])];
         let plain = |t: &[Tensor]| conv_transpose1d::plain::conv_transpose1d(&t[0], &t[1], t.get(2), spec);
         check(&inputs, |t| conv_transpose1d(&t[0], &t[1], Some(&t[2]), spec), plain);
         check(&inputs[..2], |t| conv_transpose1d(&t[0], &t[1], None, spec), plain);
@@ -231,8 +238,8 @@ fn large_row_wise_operations_do_not_depend_on_threads() {
     same_on_any_number_of_threads(&[x.clone(), a.clone()], |t| snake(&t[0], &t[1]));
     same_on_any_number_of_threads(&[x.clone(), a, b], |t| layer_norm(&t[0], Some(&t[1]), Some(&t[2]), 1e-5));
     same_on_any_number_of_threads(&[x.clone(), shift, scale], |t| ada_layer_norm(&t[0], &t[1], &t[2], 1e-5));
-    same_on_any_number_of_threads(&[x.clone()], |t| swiglu(&t[0]));
-    same_on_any_number_of_threads(&[x.clone()], |t| softmax_last(&t[0]));
+    same_on_any_number_of_threads(std::slice::from_ref(&x), |t| swiglu(&t[0]));
+    same_on_any_number_of_threads(std::slice::from_ref(&x), |t| softmax_last(&t[0]));
     same_on_any_number_of_threads(&[x], |t| gelu(&t[0]));
 }
 
@@ -250,7 +257,15 @@ fn attention_is_right() {
             check(
                 &qkv,
                 |t| attention(&t[0], &t[1], &t[2], Some(&constant.to_dtype(t[0].dtype())?), 0.7),
-                |t| attention::plain::attention(&t[0], &t[1], &t[2], Some(&constant.to_dtype(t[0].dtype())?), 0.7),
+                |t| {
+                    attention::plain::attention(
+                        &t[0],
+                        &t[1],
+                        &t[2],
+                        Some(&constant.to_dtype(t[0].dtype())?),
+                        0.7,
+                    )
+                },
             );
             let mut inputs = qkv.to_vec();
             inputs.push(constant);
@@ -286,4 +301,135 @@ fn large_attention_does_not_depend_on_threads_and_equals_the_plain_one() {
     for (got, want) in got.iter().zip(&want) {
         assert_close(got, want, Tol { atol: 2e-5, rtol: 1e-4 });
     }
+}
+
+fn golden() -> Golden {
+    Golden::read(concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/dragon-nn/operations/case.safetensors"))
+}
+
+/// Checks result and gradients of a case of the golden file.
+fn matches_pytorch(golden: &Golden, name: &str, n_inputs: usize, f: impl Fn(&[Tensor]) -> Result<Tensor>) {
+    let vars: Vec<Var> =
+        (0..n_inputs).map(|i| Var::from_tensor(&golden.get(&format!("{name}.input.{i}"))).unwrap()).collect();
+    let args: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+    let y = f(&args).unwrap();
+    assert_close(&y, &golden.get(&format!("{name}.output")), Tol::LAYER);
+    let loss = (y * golden.get(&format!("{name}.weights"))).unwrap().sum_all().unwrap();
+    let grads = crate::backward(&loss).unwrap();
+    for (i, var) in vars.iter().enumerate() {
+        let got = grads.get(var.as_tensor()).unwrap_or_else(|| panic!("{name}: input {i} gets no gradient"));
+        assert_close(got, &golden.get(&format!("{name}.gradient.{i}")), Tol { atol: 5e-5, rtol: 1e-4 }); // sums
+    }
+}
+
+#[test]
+fn operations_match_pytorch() {
+    let golden = golden();
+    let plain = Conv1dSpec::default();
+    let transposed = ConvTranspose1dSpec::default();
+    let conv =
+        |name: &str, spec| matches_pytorch(&golden, name, 3, |t| conv1d(&t[0], &t[1], Some(&t[2]), spec));
+    let conv_t = |name: &str, spec| {
+        matches_pytorch(&golden, name, 3, |t| conv_transpose1d(&t[0], &t[1], Some(&t[2]), spec));
+    };
+    matches_pytorch(&golden, "linear", 3, |t| linear(&t[0], &t[1], Some(&t[2])));
+    conv("conv1d", Conv1dSpec { padding: 9, dilation: 3, ..plain });
+    conv("conv1d_strided", Conv1dSpec { stride: 4, padding: 2, ..plain });
+    conv("conv1d_grouped", Conv1dSpec { groups: 2, ..plain });
+    conv_t(
+        "conv_transpose1d",
+        ConvTranspose1dSpec { stride: 4, padding: 2, output_padding: 1, ..transposed },
+    );
+    conv_t(
+        "conv_transpose1d_grouped",
+        ConvTranspose1dSpec { stride: 2, dilation: 2, groups: 2, ..transposed },
+    );
+    matches_pytorch(&golden, "attention", 4, |t| attention(&t[0], &t[1], &t[2], Some(&t[3]), 0.3));
+    matches_pytorch(&golden, "layer_norm", 3, |t| layer_norm(&t[0], Some(&t[1]), Some(&t[2]), 1e-5));
+    matches_pytorch(&golden, "rms_norm", 2, |t| rms_norm(&t[0], Some(&t[1]), 1e-6));
+    matches_pytorch(&golden, "gelu", 1, |t| gelu(&t[0]));
+    matches_pytorch(&golden, "silu", 1, |t| silu(&t[0]));
+    matches_pytorch(&golden, "leaky_relu", 1, |t| leaky_relu(&t[0], 0.1));
+    matches_pytorch(&golden, "softmax", 1, |t| softmax_last(&t[0]));
+}
+
+#[test]
+fn five_steps_of_adamw_match_pytorch() {
+    let golden = golden();
+    for dtype in [DType::F32, DType::F64] {
+        let params = Params::new(0);
+        let vb = params.builder(dtype, &CPU);
+        let (a, b) = (vb.get((4, 3), "a").unwrap(), vb.get(5, "b").unwrap());
+        for name in ["a", "b"] {
+            let value = golden.get(&format!("adamw.{name}")).to_dtype(dtype).unwrap();
+            params.get(name).unwrap().set(&value).unwrap();
+        }
+        let config = AdamWConfig {
+            lr: 0.05,
+            beta2: 0.99,
+            weight_decay: 0.1,
+            max_grad_norm: Some(1.0),
+            ..AdamWConfig::default()
+        };
+        let mut optimiser = AdamW::new(&params, config).unwrap();
+        let mut norms = Vec::new();
+        for _ in 0..5 {
+            let cubes = (a.sqr().unwrap() * &a).unwrap().sum_all().unwrap();
+            let mixed = (b.sqr().unwrap().sum_all().unwrap() * a.sum_all().unwrap()).unwrap();
+            norms.push(optimiser.step(&(cubes + mixed).unwrap().backward().unwrap()).unwrap());
+        }
+        let tol = Tol { atol: 1e-6, rtol: 1e-5 };
+        let wide = |t: Tensor| t.to_dtype(DType::F64).unwrap();
+        assert_close(&wide(a), &wide(golden.get("adamw.a_after")), tol);
+        assert_close(&wide(b), &wide(golden.get("adamw.b_after")), tol);
+        let norms = Tensor::from_vec(norms, 5, &CPU).unwrap();
+        assert_close(&norms, &wide(golden.get("adamw.norms")), Tol { atol: 1e-4, rtol: 1e-5 });
+    }
+}
+
+#[test]
+fn every_parameter_gets_a_gradient() {
+    let params = Params::new(3);
+    let vb = params.builder(DType::F32, &CPU);
+    let spec = Conv1dSpec { padding: 1, ..Default::default() };
+    let up = ConvTranspose1dSpec { stride: 2, ..Default::default() };
+    let layers: Vec<Box<dyn Module>> = vec![
+        Box::new(Embedding::new(7, 6, vb.pp("embedding")).unwrap()),
+        Box::new(Linear::new(6, 8, vb.pp("linear")).unwrap()),
+        Box::new(LayerNorm::new(8, 1e-5, vb.pp("layer_norm")).unwrap()),
+        Box::new(Conv1d::new(8, 6, 3, spec, vb.pp("conv")).unwrap()),
+        Box::new(Snake::new(6, vb.pp("snake")).unwrap()),
+        Box::new(Conv1d::weight_norm(6, 6, 3, spec, vb.pp("normed")).unwrap()),
+        Box::new(ConvTranspose1d::new(6, 4, 4, up, vb.pp("up")).unwrap()),
+        Box::new(ConvTranspose1d::weight_norm(4, 4, 4, up, vb.pp("up_normed")).unwrap()),
+        Box::new(RmsNorm::new(4, 1e-5, vb.pp("rms_norm")).unwrap()),
+    ];
+    let mut h = Tensor::new(&[[0u32, 3, 6, 2], [5, 1, 4, 0]], &CPU).unwrap();
+    for layer in &layers {
+        h = layer.forward(&h).unwrap();
+    }
+    let weights = noise("weights", h.dims()).to_dtype(DType::F32).unwrap();
+    let grads = crate::backward(&(h * weights).unwrap().sum_all().unwrap()).unwrap();
+    for (name, var) in params.names_and_vars() {
+        let grad = grads.get(var.as_tensor()).unwrap_or_else(|| panic!("`{name}` gets no gradient"));
+        let size = grad.abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(size.is_finite() && size > 0.0, "`{name}`: {size}");
+    }
+    let names: Vec<String> =
+        params.names_and_vars().into_iter().map(|(n, _)| n).filter(|n| n.contains("up_n")).collect();
+    assert_eq!(names, ["up_normed.bias", "up_normed.weight_g", "up_normed.weight_v"]);
+}
+
+#[test]
+fn misfits_are_named() {
+    let t = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &CPU).unwrap();
+    let message = linear(&t(&[2, 3]), &t(&[4, 5]), None).unwrap_err().to_string();
+    assert!(message.contains("[2, 3]") && message.contains("[4, 5]"), "{message}");
+    let message =
+        conv1d(&t(&[1, 2, 3]), &t(&[4, 3, 9]), None, Conv1dSpec::default()).unwrap_err().to_string();
+    assert!(message.contains("shorter than the kernel's reach of 9"), "{message}");
+    let message = attention(&t(&[1, 2, 3, 4]), &t(&[1, 2, 3, 5]), &t(&[1, 2, 3, 4]), None, 1.0)
+        .unwrap_err()
+        .to_string();
+    assert!(message.contains("[1, 2, 3, 5]"), "{message}");
 }

@@ -1,7 +1,8 @@
 //! The activations and the softmax on the CPU, forward and backward.
 
 use crate::kernels::{
-    Real, by_dtype, dtype, filled, for_each, lane_max, lane_sum, map, map2, rows_per_task, slice, tensor, view,
+    Real, by_dtype, dtype, filled, for_each, lane_max, lane_sum, map, map2, rows_per_task, slice, tensor,
+    view,
 };
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
@@ -91,7 +92,7 @@ pub(crate) fn softmax_row<T: Real>(row: &mut [T]) {
     }
     let inverse = T::ONE / lane_sum(row.len(), |i| row[i]);
     for v in row.iter_mut() {
-        *v = *v * inverse;
+        *v *= inverse;
     }
 }
 

@@ -23,7 +23,12 @@ pub fn ada_layer_norm(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f64) -> R
         )
     }
     if kernels::fast(&[x, shift, scale]) {
-        crate::layer_norm::cpu::apply(x, Some(scale), Some(shift), Norm { centred: true, eps, one_plus: true })
+        crate::layer_norm::cpu::apply(
+            x,
+            Some(scale),
+            Some(shift),
+            Norm { centred: true, eps, one_plus: true },
+        )
     } else {
         plain::ada_layer_norm(x, shift, scale, eps)
     }

@@ -11,7 +11,13 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 /// Queries per block: with 1024 keys the logits of a block are 256 KiB, half of a usual second-level cache.
 const QUERIES: usize = 64;
 
-pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<&Tensor>, scale: f64) -> Result<Tensor> {
+pub(crate) fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    bias: Option<&Tensor>,
+    scale: f64,
+) -> Result<Tensor> {
     let (batch, tq, heads, d) = q.dims4()?;
     let (_, tk, _, dv) = v.dims4()?;
     let dims = Dims { batch, heads, tq, tk, d, dv, scale };
@@ -79,7 +85,20 @@ struct Inputs<'a, T> {
 }
 
 fn rows(n_rows: usize, width: usize, in_stride: usize, out_step: usize) -> Rows<'static> {
-    Rows { n_rows, in_step: 1, in_rows: n_rows, taps: &[0], width, in_stride, out_step, out_start: 0, parallel: false }
+    Rows {
+        batch: 1,
+        in_batch: 0,
+        out_batch: 0,
+        n_rows,
+        in_step: 1,
+        in_rows: n_rows,
+        taps: &[0],
+        width,
+        in_stride,
+        out_step,
+        out_start: 0,
+        parallel: false,
+    }
 }
 
 /// `[tk, width]` as a matrix whose depth is `width` (for products with keys) or `tk` (with values).
@@ -104,7 +123,7 @@ impl<T: Real> Inputs<'_, T> {
         let Dims { tq, tk, d, scale, .. } = self.dims;
         let q = &self.q.of(b, h, tq)[first * self.q.stride..];
         // SAFETY: `n` rows of `q` exist from `first` on, and `out` holds `n * tk` elements.
-        unsafe { product(q, 0, keys, None, shared(out), 0, 1, &rows(n, d, self.q.stride, tk)) };
+        unsafe { product(q, keys, None, shared(out), &rows(n, d, self.q.stride, tk)) };
         let scale = T::of(scale);
         for (i, row) in out.chunks_exact_mut(tk).take(n).enumerate() {
             match self.bias {
@@ -116,7 +135,7 @@ impl<T: Real> Inputs<'_, T> {
                 }
                 None => {
                     for w in row.iter_mut() {
-                        *w = *w * scale;
+                        *w *= scale;
                     }
                 }
             }
@@ -143,7 +162,7 @@ impl<T: Real> Inputs<'_, T> {
                     let mut to = rows(n, tk, tk, heads * dv);
                     to.out_start = ((b * tq + first) * heads + h) * dv;
                     // SAFETY: each task writes its own head's channels of its own example.
-                    unsafe { product(&weights, 0, &values, None, out, 0, 1, &to) };
+                    unsafe { product(&weights, &values, None, out, &to) };
                 }
             });
         };
@@ -181,7 +200,7 @@ impl<T: Real> Inputs<'_, T> {
                 let start = ((b * tq + first) * heads + h) * dv;
                 let g = &g[start..];
                 // SAFETY: `n` rows exist from `first` on; `d_logits` holds `n * tk` elements.
-                unsafe { product(g, 0, &values_t, None, shared(&mut d_logits), 0, 1, &rows(n, dv, heads * dv, tk)) };
+                unsafe { product(g, &values_t, None, shared(&mut d_logits), &rows(n, dv, heads * dv, tk)) };
                 for i in 0..n {
                     let (w, dl) = (&weights[i * tk..(i + 1) * tk], &mut d_logits[i * tk..(i + 1) * tk]);
                     let (y, g) = (&y[start + i * heads * dv..][..dv], &g[i * heads * dv..][..dv]);
@@ -197,7 +216,7 @@ impl<T: Real> Inputs<'_, T> {
                         }
                     }
                     for dl in dl.iter_mut() {
-                        *dl = *dl * factor;
+                        *dl *= factor;
                     }
                 }
                 let mut to = rows(n, tk, tk, heads * d);
@@ -205,10 +224,10 @@ impl<T: Real> Inputs<'_, T> {
                 let q = &self.q.of(b, h, tq)[first * self.q.stride..];
                 // SAFETY: each (b, h) writes its own rows of `dq`; the matrices have `n` rows.
                 let (dk_part, dv_part) = unsafe {
-                    product(&d_logits, 0, &keys_s, None, dq, 0, 1, &to);
+                    product(&d_logits, &keys_s, None, dq, &to);
                     let rows = rows(n, tk, tk, self.q.stride);
-                    let dk_part = weight_gradient(&d_logits, 0, q, 0, d, 1, &rows);
-                    let dv_part = weight_gradient(&weights, 0, g, 0, dv, 1, &Rows { out_step: heads * dv, ..rows });
+                    let dk_part = weight_gradient(&d_logits, q, d, &rows);
+                    let dv_part = weight_gradient(&weights, g, dv, &Rows { out_step: heads * dv, ..rows });
                     (dk_part, dv_part)
                 };
                 for (sum, part) in [(&mut dk_sum, dk_part), (&mut dv_sum, dv_part)] {
@@ -222,7 +241,9 @@ impl<T: Real> Inputs<'_, T> {
                 unsafe {
                     let row = (b * tk + t) * heads + h;
                     dk_pointer.range(row * k_width, d).copy_from_slice(&dk_sum[t * d..(t + 1) * d]);
-                    dv_pointer.range(row * v_width + v_start, dv).copy_from_slice(&dv_sum[t * dv..(t + 1) * dv]);
+                    dv_pointer
+                        .range(row * v_width + v_start, dv)
+                        .copy_from_slice(&dv_sum[t * dv..(t + 1) * dv]);
                 }
             }
         };

@@ -20,7 +20,11 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<&Tensor>, scal
     check(q, k, v, bias)?;
     let mut all = vec![q, k, v];
     all.extend(bias);
-    if crate::kernels::fast(&all) { cpu::attention(q, k, v, bias, scale) } else { plain::attention(q, k, v, bias, scale) }
+    if crate::kernels::fast(&all) {
+        cpu::attention(q, k, v, bias, scale)
+    } else {
+        plain::attention(q, k, v, bias, scale)
+    }
 }
 
 fn check(q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<&Tensor>) -> Result<()> {

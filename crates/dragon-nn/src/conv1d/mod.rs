@@ -59,13 +59,17 @@ pub fn conv1d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, spec: Conv1dSp
     check(x, weight, bias, spec)?;
     let mut all = vec![x, weight];
     all.extend(bias);
-    if crate::kernels::fast(&all) { cpu::conv1d(x, weight, bias, spec) } else { plain::conv1d(x, weight, bias, spec) }
+    if crate::kernels::fast(&all) {
+        cpu::conv1d(x, weight, bias, spec)
+    } else {
+        plain::conv1d(x, weight, bias, spec)
+    }
 }
 
 fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, spec: Conv1dSpec) -> Result<()> {
     let (_, t, c_in) = x.dims3()?;
     let (c_out, c_in_group, k) = weight.dims3()?;
-    if spec.groups == 0 || c_in_group * spec.groups != c_in || c_out % spec.groups != 0 {
+    if spec.groups == 0 || c_in_group * spec.groups != c_in || !c_out.is_multiple_of(spec.groups) {
         candle_core::bail!(
             "conv1d: weight {:?} does not fit x {:?} in {} groups",
             weight.dims(),

@@ -54,7 +54,7 @@ impl ConvTranspose1dSpec {
     }
 }
 
-/// Transposed convolution along time: the gradient of [`crate::conv1d`] with respect to its input, used forward.
+/// Transposed convolution along time: the gradient of [`crate::conv1d()`] with respect to its input, used forward.
 ///
 /// `y[b, t·stride + k·dilation - padding, o] += weight[i, o, k] · x[b, t, i]`, plus `bias[o]`.
 ///
@@ -73,13 +73,17 @@ pub fn conv_transpose1d(
     check(x, weight, bias, spec)?;
     let mut all = vec![x, weight];
     all.extend(bias);
-    if crate::kernels::fast(&all) { cpu::conv_transpose1d(x, weight, bias, spec) } else { plain::conv_transpose1d(x, weight, bias, spec) }
+    if crate::kernels::fast(&all) {
+        cpu::conv_transpose1d(x, weight, bias, spec)
+    } else {
+        plain::conv_transpose1d(x, weight, bias, spec)
+    }
 }
 
 fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, spec: ConvTranspose1dSpec) -> Result<()> {
     let (_, t, c_in) = x.dims3()?;
     let (w_in, out_group, k) = weight.dims3()?;
-    if spec.groups == 0 || w_in != c_in || c_in % spec.groups != 0 {
+    if spec.groups == 0 || w_in != c_in || !c_in.is_multiple_of(spec.groups) {
         candle_core::bail!(
             "conv_transpose1d: weight {:?} does not fit x {:?} in {} groups",
             weight.dims(),

@@ -33,6 +33,9 @@ impl Geometry {
 
     fn rows<'a>(&self, taps: &'a [isize], group: usize) -> Rows<'a> {
         Rows {
+            batch: self.batch,
+            in_batch: self.t_in * self.c_in,
+            out_batch: self.t_out * self.c_out,
             n_rows: self.t_out,
             in_step: self.stride,
             in_rows: self.t_in,
@@ -56,16 +59,7 @@ pub(crate) fn correlate<T: Real>(x: &[T], w: &[T], bias: Option<&[T]>, geo: &Geo
             for group in 0..geo.groups {
                 let packed = Packed::new(w, (k, ig, og), |tap| group * og * ig * k + tap, (k, ig * k));
                 let bias = bias.map(|b| &b[group * og..(group + 1) * og]);
-                product(
-                    &x[(group * ig).min(x.len())..],
-                    geo.t_in * geo.c_in,
-                    &packed,
-                    bias,
-                    out,
-                    geo.t_out * geo.c_out,
-                    geo.batch,
-                    &geo.rows(&taps, group),
-                );
+                product(&x[(group * ig).min(x.len())..], &packed, bias, out, &geo.rows(&taps, group));
             }
         })
     }
@@ -83,7 +77,8 @@ pub(crate) fn correlate_adjoint<T: Real>(g: &[T], w: &[T], bias: Option<&[T]>, g
         filled(geo.batch * geo.t_in * geo.c_in, |out| {
             for phase in 0..stride {
                 // Taps from the last to the first: their rows then follow each other.
-                let kernel: Vec<usize> = (0..k).rev().filter(|tap| tap * geo.dilation % stride == phase).collect();
+                let kernel: Vec<usize> =
+                    (0..k).rev().filter(|tap| tap * geo.dilation % stride == phase).collect();
                 // Rows j of this phase lie at stride * j + phase - padding in 0..t_in.
                 let first = padding.saturating_sub(phase).div_ceil(stride);
                 let end = (geo.t_in + padding).saturating_sub(phase).div_ceil(stride);
@@ -98,6 +93,9 @@ pub(crate) fn correlate_adjoint<T: Real>(g: &[T], w: &[T], bias: Option<&[T]>, g
                     let start = |block: usize| group * og * ig * k + kernel[block];
                     let packed = Packed::new(w, (kernel.len(), og, ig), start, (ig * k, k));
                     let rows = Rows {
+                        batch: geo.batch,
+                        in_batch: geo.t_out * geo.c_out,
+                        out_batch: geo.t_in * geo.c_in,
                         n_rows: end - first,
                         in_step: 1,
                         in_rows: geo.t_out,
@@ -109,8 +107,7 @@ pub(crate) fn correlate_adjoint<T: Real>(g: &[T], w: &[T], bias: Option<&[T]>, g
                         parallel: true,
                     };
                     let bias = bias.map(|b| &b[group * ig..(group + 1) * ig]);
-                    let g = &g[(group * og).min(g.len())..];
-                    product(g, geo.t_out * geo.c_out, &packed, bias, out, geo.t_in * geo.c_in, geo.batch, &rows);
+                    product(&g[(group * og).min(g.len())..], &packed, bias, out, &rows);
                 }
             }
         })
@@ -126,8 +123,7 @@ pub(crate) fn correlate_weight_gradient<T: Real>(x: &[T], g: &[T], geo: &Geometr
         filled(geo.c_out * ig * k, |out| {
             for group in 0..geo.groups {
                 let x = &x[(group * ig).min(x.len())..];
-                let (x_batch, g_batch) = (geo.t_in * geo.c_in, geo.t_out * geo.c_out);
-                let taps_first = weight_gradient(x, x_batch, g, g_batch, og, geo.batch, &geo.rows(&taps, group));
+                let taps_first = weight_gradient(x, g, og, &geo.rows(&taps, group));
                 // [k, i, o] -> [o, i, k], sixteen `o` at a time: reads by cache lines, sixteen streams of writes.
                 for_each(og.div_ceil(16), taps_first.len(), |block| {
                     let columns = block * 16..((block + 1) * 16).min(og);

@@ -11,6 +11,8 @@ use super::{Real, Shared, filled, for_each, ordered_sum};
 pub(crate) const NR: usize = 16;
 /// Rows of a tile: 6 x 16 fills twelve of the sixteen vector registers of AVX2.
 const MR: usize = 6;
+/// Depth of a product done at a time: 256 x 16 floats fill half of a first-level cache of 32 KiB.
+const KC: usize = 256;
 
 /// A matrix `[depth, n]` cut into panels of sixteen columns, each `[depth, 16]`, the last filled up with zeros.
 pub(crate) struct Packed<T> {
@@ -42,12 +44,18 @@ impl<T: Real> Packed<T> {
                     let width = NR.min(n - panel * NR);
                     for block in 0..blocks {
                         let source = start(block) + panel * NR * column_stride;
-                        let rows = out[block * block_depth * NR..(block + 1) * block_depth * NR].chunks_exact_mut(NR);
-                        for (p, row) in rows.enumerate() {
-                            let source = source + p * depth_stride;
-                            for (j, slot) in row.iter_mut().enumerate() {
-                                // Bounds: checked above for the last block, depth and column.
-                                *slot = if j < width { *w.get_unchecked(source + j * column_stride) } else { T::ZERO };
+                        let out = &mut out[block * block_depth * NR..(block + 1) * block_depth * NR];
+                        // Sixteen rows at a time: a column's cache line is used up before it goes.
+                        for (p, rows) in out.chunks_mut(NR * NR).enumerate() {
+                            let source = source + p * NR * depth_stride;
+                            for j in 0..width {
+                                for (q, row) in rows.chunks_exact_mut(NR).enumerate() {
+                                    // Bounds: checked above for the last block, depth and column.
+                                    row[j] = *w.get_unchecked(source + q * depth_stride + j * column_stride);
+                                }
+                            }
+                            for row in rows.chunks_exact_mut(NR) {
+                                row[width..].fill(T::ZERO);
                             }
                         }
                     }
@@ -62,8 +70,15 @@ impl<T: Real> Packed<T> {
     }
 }
 
-/// Where the rows of a product come from and go to, for one example of a batch.
+/// Where the rows of a product come from and go to.
+#[derive(Clone, Copy)]
 pub(crate) struct Rows<'a> {
+    /// Examples, each with the rows below.
+    pub batch: usize,
+    /// Elements between the examples of the input.
+    pub in_batch: usize,
+    /// Elements between the examples of the result.
+    pub out_batch: usize,
     /// Rows of the product.
     pub n_rows: usize,
     /// Row `r`, tap `i` reads input row `r * in_step + taps[i]`; outside `0..in_rows` it reads zeros.
@@ -84,22 +99,19 @@ pub(crate) struct Rows<'a> {
     pub parallel: bool,
 }
 
-/// `out[r] = bias + Σ_taps x[r·in_step + tap] · B_tap`, for each of `batch` examples.
-///
-/// `x` starts at the first used channel of the first row; examples lie `x_batch` and `out_batch` elements apart.
+/// `out[r] = bias + Σ_taps x[r·in_step + tap] · B_tap`, for each example; `x` starts at the first used channel of the
+/// first row.
 ///
 /// # Safety
 /// All rows that [`Rows`] names must lie inside `x` and `out`, for every example; `b` holds `taps · width` rows.
 pub(crate) unsafe fn product<T: Real>(
     x: &[T],
-    x_batch: usize,
     b: &Packed<T>,
     bias: Option<&[T]>,
     out: Shared<T>,
-    out_batch: usize,
-    batch: usize,
     rows: &Rows,
 ) {
+    let Rows { batch, in_batch, out_batch, .. } = *rows;
     assert_eq!(b.depth, rows.taps.len() * rows.width);
     if rows.n_rows == 0 || b.n == 0 || batch == 0 {
         return;
@@ -117,8 +129,8 @@ pub(crate) unsafe fn product<T: Real>(
                 let mut sum = start;
                 for (&tap, w) in rows.taps.iter().zip(weights.chunks_exact(rows.width)) {
                     let row = (r * rows.in_step) as isize + tap;
-                    if 0 <= row && row < rows.in_rows as isize {
-                        let x = &x[example * x_batch + row as usize * rows.in_stride..][..rows.width];
+                    if (0..rows.in_rows as isize).contains(&row) {
+                        let x = &x[example * in_batch + row as usize * rows.in_stride..][..rows.width];
                         sum += super::lane_sum(rows.width, |i| x[i] * w[i]);
                     }
                 }
@@ -130,9 +142,8 @@ pub(crate) unsafe fn product<T: Real>(
     }
     // Taps that follow each other in memory are one longer tap.
     let dense = rows.width == rows.in_stride && rows.taps.windows(2).all(|w| w[1] == w[0] + 1);
-    // A block of rows stays in the second-level cache while all panels pass over it.
-    let block = ((1 << 16) / b.depth.max(1)).clamp(8, 64) * MR;
-    let block = block.min(rows.n_rows.div_ceil(MR) * MR);
+    // A block of rows (96 KiB of f32 at most) stays in the second-level cache while all panels pass over it.
+    let block = (96 * KC / b.depth.clamp(1, KC)).min(384).min(rows.n_rows.next_multiple_of(MR));
     let n_blocks = rows.n_rows.div_ceil(block);
     let n_panels = b.n.div_ceil(NR);
     // Few rows: the panels are split too, so that every thread has work. Fixed by the shape alone.
@@ -145,40 +156,47 @@ pub(crate) unsafe fn product<T: Real>(
         let (block_index, group) = (rest / panel_groups, rest % panel_groups);
         let (first, end) = (block_index * block, ((block_index + 1) * block).min(rows.n_rows));
         // SAFETY: inside `x` by the caller's contract.
-        let x = unsafe { x.as_ptr().add(example * x_batch) };
-        for panel in group * panels_per_group..((group + 1) * panels_per_group).min(n_panels) {
-            let width = NR.min(b.n - panel * NR);
-            let mut start = [T::ZERO; NR];
-            if let Some(bias) = bias {
-                start[..width].copy_from_slice(&bias[panel * NR..panel * NR + width]);
-            }
-            let mut row = first;
-            while row < end {
-                // Rows are spread evenly over the tiles left: 8 rows are 4 + 4, not 6 + 2.
-                let left = end - row;
-                let m = left.div_ceil(left.div_ceil(MR));
-                // SAFETY: the caller's contract; tiles write rows and columns of their own.
-                unsafe {
-                    let tile = Tile {
-                        x,
-                        zeros: zeros.as_ptr(),
-                        rows,
-                        dense,
-                        b: b.panel(panel),
-                        out: out.ptr().add(example * out_batch + rows.out_start + panel * NR),
-                        width,
-                        start,
-                    };
-                    match m {
-                        1 => tile.run::<1>(row),
-                        2 => tile.run::<2>(row),
-                        3 => tile.run::<3>(row),
-                        4 => tile.run::<4>(row),
-                        5 => tile.run::<5>(row),
-                        _ => tile.run::<6>(row),
-                    }
+        let x = unsafe { x.as_ptr().add(example * in_batch) };
+        // The depth is cut so that the part of a panel in use stays in the first-level cache. The sums go on from
+        // where they were, so this changes no result.
+        for depth in (0..b.depth.max(1)).step_by(KC) {
+            let depth = depth..(depth + KC).min(b.depth);
+            for panel in group * panels_per_group..((group + 1) * panels_per_group).min(n_panels) {
+                let width = NR.min(b.n - panel * NR);
+                let mut start = [T::ZERO; NR];
+                if let Some(bias) = bias {
+                    start[..width].copy_from_slice(&bias[panel * NR..panel * NR + width]);
                 }
-                row += m;
+                let tile = Tile {
+                    x,
+                    zeros: zeros.as_ptr(),
+                    rows,
+                    dense,
+                    depth: depth.clone(),
+                    b: b.panel(panel),
+                    // SAFETY: inside `out` by the caller's contract.
+                    out: unsafe { out.ptr().add(example * out_batch + rows.out_start + panel * NR) },
+                    width,
+                    start,
+                };
+                let mut row = first;
+                while row < end {
+                    // Rows are spread evenly over the tiles left: 8 rows are 4 + 4, not 6 + 2.
+                    let left = end - row;
+                    let m = left.div_ceil(left.div_ceil(MR));
+                    // SAFETY: the caller's contract; tiles write rows and columns of their own.
+                    unsafe {
+                        match m {
+                            1 => tile.run::<1>(row),
+                            2 => tile.run::<2>(row),
+                            3 => tile.run::<3>(row),
+                            4 => tile.run::<4>(row),
+                            5 => tile.run::<5>(row),
+                            _ => tile.run::<6>(row),
+                        }
+                    }
+                    row += m;
+                }
             }
         }
     });
@@ -189,6 +207,8 @@ struct Tile<'a, T> {
     zeros: *const T,
     rows: &'a Rows<'a>,
     dense: bool,
+    /// The part of the depth to add.
+    depth: std::ops::Range<usize>,
     b: *const T,
     out: *mut T,
     width: usize,
@@ -201,29 +221,45 @@ impl<T: Real> Tile<'_, T> {
     unsafe fn run<const M: usize>(&self, row: usize) {
         let rows = self.rows;
         let mut acc = [self.start; M];
-        let in_range = |r: isize| 0 <= r && r < rows.in_rows as isize;
+        if self.depth.start > 0 {
+            for (i, acc) in acc.iter_mut().enumerate() {
+                // SAFETY: written by the pass over the depth before.
+                unsafe {
+                    let out = self.out.add((row + i) * rows.out_step);
+                    std::ptr::copy_nonoverlapping(out, acc.as_mut_ptr(), self.width);
+                }
+            }
+        }
+        let in_range = |r: isize| (0..rows.in_rows as isize).contains(&r);
         let base = (row * rows.in_step) as isize;
         let last = base + ((M - 1) * rows.in_step) as isize;
         let n_taps = rows.taps.len();
+        let depth = self.depth.clone();
         // SAFETY: pointers are formed for rows in range only; the others read the row of zeros.
         unsafe {
-            if self.dense && n_taps > 0 && in_range(base + rows.taps[0]) && in_range(last + rows.taps[n_taps - 1]) {
+            if self.dense
+                && n_taps > 0
+                && in_range(base + rows.taps[0])
+                && in_range(last + rows.taps[n_taps - 1])
+            {
                 let mut a = [self.x; M];
                 for (i, a) in a.iter_mut().enumerate() {
                     let r = base + (i * rows.in_step) as isize + rows.taps[0];
-                    *a = self.x.offset(r * rows.in_stride as isize);
+                    *a = self.x.offset(r * rows.in_stride as isize).add(depth.start);
                 }
-                T::tile(&mut acc, n_taps * rows.width, a, 1, self.b);
-            } else {
-                for (tap, &offset) in rows.taps.iter().enumerate() {
+                T::tile(&mut acc, depth.len(), a, 1, self.b.add(depth.start * NR));
+            } else if rows.width > 0 {
+                for tap in depth.start / rows.width..depth.end.div_ceil(rows.width) {
+                    let (low, high) = (tap * rows.width, (tap + 1) * rows.width);
+                    let part = depth.start.max(low)..depth.end.min(high);
                     let mut a = [self.zeros; M];
                     for (i, a) in a.iter_mut().enumerate() {
-                        let r = base + (i * rows.in_step) as isize + offset;
+                        let r = base + (i * rows.in_step) as isize + rows.taps[tap];
                         if in_range(r) {
-                            *a = self.x.offset(r * rows.in_stride as isize);
+                            *a = self.x.offset(r * rows.in_stride as isize).add(part.start - low);
                         }
                     }
-                    T::tile(&mut acc, rows.width, a, 1, self.b.add(tap * rows.width * NR));
+                    T::tile(&mut acc, part.len(), a, 1, self.b.add(part.start * NR));
                 }
             }
             for (i, acc) in acc.iter().enumerate() {
@@ -245,21 +281,18 @@ impl<T: Real> Tile<'_, T> {
 ///
 /// # Safety
 /// As for [`product`], with `g` in the place of `out`.
-pub(crate) unsafe fn weight_gradient<T: Real>(
-    x: &[T],
-    x_batch: usize,
-    g: &[T],
-    g_batch: usize,
-    n: usize,
-    batch: usize,
-    rows: &Rows,
-) -> Vec<T> {
-    /// Rows of `g` packed at a time: 256 x 16 floats fill half of the first-level cache.
-    const DEPTH: usize = 256;
+pub(crate) unsafe fn weight_gradient<T: Real>(x: &[T], g: &[T], n: usize, rows: &Rows) -> Vec<T> {
+    /// Elements between the copied rows of a tile: one register of f32.
+    const WIDE: usize = 8;
     /// Panels that stay in the second-level cache while all tiles pass over them.
-    const PANELS: usize = 8;
+    const PANELS: usize = 32;
+    let batch = rows.batch;
     let m = rows.taps.len() * rows.width;
-    let chunks_per_example = rows.n_rows.div_ceil(DEPTH);
+    // Rows of `g` packed at a time. A small sum stays in the cache, and then 128 x 16 floats and the rows that meet
+    // them fit the first level; a large one is read and written once per chunk, so fewer chunks win.
+    let longest = if m * n < 1 << 17 { 128 } else { 384 };
+    let depth = rows.n_rows.div_ceil(rows.n_rows.div_ceil(longest).max(1)).max(1);
+    let chunks_per_example = rows.n_rows.div_ceil(depth);
     let n_chunks = batch * chunks_per_example;
     // Parallel over the depth as long as the partial sums stay small (4M elements), else over the result's rows.
     let depth_parts = (n_chunks / 4).clamp(1, 16).min(((1 << 22) / (m * n).max(1)).max(1));
@@ -286,23 +319,23 @@ pub(crate) unsafe fn weight_gradient<T: Real>(
     // Packs the rows of one chunk of `g` into panels.
     let pack = |chunk: usize, packed: &mut [T]| {
         let example = chunk / chunks_per_example;
-        let first = (chunk % chunks_per_example) * DEPTH;
-        for (p, r) in (first..(first + DEPTH).min(rows.n_rows)).enumerate() {
-            let row = &g[example * g_batch + r * rows.out_step + rows.out_start..][..n];
+        let first = (chunk % chunks_per_example) * depth;
+        for (p, r) in (first..(first + depth).min(rows.n_rows)).enumerate() {
+            let row = &g[example * rows.out_batch + r * rows.out_step + rows.out_start..][..n];
             for (panel, columns) in row.chunks(NR).enumerate() {
-                packed[(panel * DEPTH + p) * NR..][..columns.len()].copy_from_slice(columns);
+                packed[(panel * depth + p) * NR..][..columns.len()].copy_from_slice(columns);
             }
         }
     };
-    let chunk_len = n_panels * DEPTH * NR;
+    let chunk_len = n_panels * depth * NR;
     // One task per chunk packs for itself; several share what is packed before.
     let packed_before = if row_parts > 1 {
         let mut all = vec![T::ZERO; n_chunks * chunk_len];
         let pointer = super::shared(&mut all);
         // SAFETY: each chunk has a range of its own.
-        for_each(n_chunks, work.min(n_chunks * chunk_len), |chunk| pack(chunk, unsafe {
-            pointer.range(chunk * chunk_len, chunk_len)
-        }));
+        for_each(n_chunks, work.min(n_chunks * chunk_len), |chunk| {
+            pack(chunk, unsafe { pointer.range(chunk * chunk_len, chunk_len) })
+        });
         all
     } else {
         Vec::new()
@@ -311,10 +344,11 @@ pub(crate) unsafe fn weight_gradient<T: Real>(
     let compute = |depth_part: usize, row_part: usize, sum: Shared<T>| {
         let m_range = row_part * rows_per_part..((row_part + 1) * rows_per_part).min(m);
         let mut own = vec![T::ZERO; if row_parts > 1 { 0 } else { chunk_len }];
+        let mut copy = vec![T::ZERO; depth * WIDE];
         for chunk in depth_part * chunks_per_part..((depth_part + 1) * chunks_per_part).min(n_chunks) {
             let example = chunk / chunks_per_example;
-            let first = (chunk % chunks_per_example) * DEPTH;
-            let end = (first + DEPTH).min(rows.n_rows);
+            let first = (chunk % chunks_per_example) * depth;
+            let end = (first + depth).min(rows.n_rows);
             let packed = if row_parts > 1 {
                 &packed_before[chunk * chunk_len..(chunk + 1) * chunk_len]
             } else {
@@ -323,20 +357,43 @@ pub(crate) unsafe fn weight_gradient<T: Real>(
             };
             // SAFETY: the callers pass rows whose input is inside for the taps of the tile; `len <= MR` rows of `sum`
             // from `i` on belong to this task.
-            let tile = |i: usize, len: usize, r0: usize, r1: usize, panels: std::ops::Range<usize>| unsafe {
-                let x = x.as_ptr().add(example * x_batch);
+            let mut tile = |i: usize, len: usize, r0: usize, r1: usize, panels: std::ops::Range<usize>| unsafe {
+                let whole = x;
+                let x = x.as_ptr().add(example * rows.in_batch);
+                let k = r1 - r0;
                 let mut a = [x; MR];
                 for (j, a) in a.iter_mut().enumerate().take(len) {
                     let (tap, channel) = ((i + j) / rows.width, (i + j) % rows.width);
                     let row = r0 as isize * step + rows.taps[tap];
                     *a = x.offset(row * rows.in_stride as isize).add(channel);
                 }
+                let mut step = rows.in_step * rows.in_stride;
+                // Several panels: a copy side by side saves each of them the walk through distant cache lines.
+                if panels.len() > 1 {
+                    let side_by_side = (1..len).all(|j| a[j] == a[0].add(j));
+                    let last = a[0].add((k - 1) * step + WIDE);
+                    if side_by_side && last <= whole.as_ptr_range().end {
+                        for (p, copy) in copy.chunks_exact_mut(WIDE).take(k).enumerate() {
+                            std::ptr::copy_nonoverlapping(a[0].add(p * step), copy.as_mut_ptr(), WIDE);
+                        }
+                    } else {
+                        for (p, copy) in copy.chunks_exact_mut(WIDE).take(k).enumerate() {
+                            for (slot, a) in copy.iter_mut().zip(&a[..len]) {
+                                *slot = *a.add(p * step);
+                            }
+                        }
+                    }
+                    for (j, a) in a.iter_mut().enumerate() {
+                        *a = copy.as_ptr().add(j);
+                    }
+                    step = WIDE;
+                }
                 for panel in panels {
                     let block = GradientTile {
                         a: &a,
-                        step: rows.in_step * rows.in_stride,
-                        k: r1 - r0,
-                        b: packed.as_ptr().add((panel * DEPTH + (r0 - first)) * NR),
+                        step,
+                        k,
+                        b: packed.as_ptr().add((panel * depth + (r0 - first)) * NR),
                         out: sum.ptr().add(i * n + panel * NR),
                         out_stride: n,
                         width: NR.min(n - panel * NR),

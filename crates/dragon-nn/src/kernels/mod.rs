@@ -19,7 +19,8 @@ pub(crate) const CHUNK: usize = 1 << 14;
 /// Whether the fast kernels take these tensors: all on the CPU, all of one dtype, f32 or f64.
 pub(crate) fn fast(tensors: &[&Tensor]) -> bool {
     let dtype = tensors[0].dtype();
-    matches!(dtype, DType::F32 | DType::F64) && tensors.iter().all(|t| t.device().is_cpu() && t.dtype() == dtype)
+    matches!(dtype, DType::F32 | DType::F64)
+        && tensors.iter().all(|t| t.device().is_cpu() && t.dtype() == dtype)
 }
 
 /// The elements of a contiguous tensor, for as long as this value lives.
@@ -35,7 +36,9 @@ impl<T: Real> Deref for View<'_, T> {
 
     fn deref(&self) -> &[T] {
         match &*self.storage {
-            Storage::Cpu(storage) => &storage.as_slice::<T>().expect("checked by `view`")[self.start..self.end],
+            Storage::Cpu(storage) => {
+                &storage.as_slice::<T>().expect("checked by `view`")[self.start..self.end]
+            }
             _ => unreachable!("checked by `view`"),
         }
     }

@@ -108,7 +108,8 @@ pub(crate) fn backward<T: Real>(
                     let n = T::of(c as f64);
                     let (mean, inverse) = moments(x, norm);
                     let along = lane_sum(c, |i| g[i] * (w[i] + offset) * (x[i] - mean)) * inverse / n;
-                    let level = if norm.centred { lane_sum(c, |i| g[i] * (w[i] + offset)) / n } else { T::ZERO };
+                    let level =
+                        if norm.centred { lane_sum(c, |i| g[i] * (w[i] + offset)) / n } else { T::ZERO };
                     let w = &w[..c];
                     let (dw, db) = (&mut dw[..c], &mut db[..c]);
                     for i in 0..c {

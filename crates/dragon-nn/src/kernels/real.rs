@@ -46,7 +46,13 @@ pub(crate) trait Real:
     /// # Safety
     /// `a[i]` must be readable at `p * step` and `b` at `16 p .. 16 p + 16` for every `p < k`.
     #[inline(always)]
-    unsafe fn tile<const M: usize>(acc: &mut [[Self; 16]; M], k: usize, a: [*const Self; M], step: usize, b: *const Self) {
+    unsafe fn tile<const M: usize>(
+        acc: &mut [[Self; 16]; M],
+        k: usize,
+        a: [*const Self; M],
+        step: usize,
+        b: *const Self,
+    ) {
         for p in 0..k {
             // SAFETY: the caller's contract.
             let row = unsafe { &*(b.add(16 * p) as *const [Self; 16]) };
@@ -115,7 +121,11 @@ impl Real for f32 {
     #[inline(always)]
     fn fma(self, b: f32, c: f32) -> f32 {
         // Without the instruction `mul_add` is a slow library call.
-        if cfg!(any(target_feature = "fma", target_arch = "aarch64")) { self.mul_add(b, c) } else { self * b + c }
+        if cfg!(any(target_feature = "fma", target_arch = "aarch64")) {
+            self.mul_add(b, c)
+        } else {
+            self * b + c
+        }
     }
 
     #[inline(always)]
@@ -139,7 +149,9 @@ impl Real for f32 {
         let p = p.fma(r, 0.5);
         let y = p.fma(r * r, r) + 1.0;
         // 2^n in two factors: n reaches 128, whose power alone would overflow.
-        let half = |n: f32| f32::from_bits((((n + ROUND).to_bits().wrapping_sub(ROUND.to_bits())).wrapping_add(127)) << 23);
+        let half = |n: f32| {
+            f32::from_bits((((n + ROUND).to_bits().wrapping_sub(ROUND.to_bits())).wrapping_add(127)) << 23)
+        };
         let low = (n * 0.5 + ROUND) - ROUND;
         let y = y * half(low) * half(n - low);
         let y = if self < -87.336_54 { 0.0 } else { y };
@@ -173,11 +185,11 @@ impl Real for f32 {
     fn erf_(self) -> f32 {
         let x = self.clamp(-4.0, 4.0);
         let x2 = x * x;
-        let p = (-2.726_142_2e-10f32).fma(x2, 2.770_681_4e-8);
+        let p = (-2.726_142e-10f32).fma(x2, 2.770_681_4e-8);
         let p = p.fma(x2, -2.101_024e-6);
         let p = p.fma(x2, -5.692_506_4e-5);
         let p = p.fma(x2, -7.349_906_3e-4);
-        let p = p.fma(x2, -2.954_599_8e-3);
+        let p = p.fma(x2, -2.954_6e-3);
         let p = p.fma(x2, -1.609_603_3e-2) * x;
         let q = (-1.456_607_2e-5f32).fma(x2, -2.133_740_5e-4);
         let q = q.fma(x2, -1.682_827e-3);
@@ -197,7 +209,13 @@ impl Real for f32 {
 
     #[cfg(all(target_arch = "x86_64", target_feature = "avx2", target_feature = "fma"))]
     #[inline(always)]
-    unsafe fn tile<const M: usize>(acc: &mut [[f32; 16]; M], k: usize, a: [*const f32; M], step: usize, b: *const f32) {
+    unsafe fn tile<const M: usize>(
+        acc: &mut [[f32; 16]; M],
+        k: usize,
+        a: [*const f32; M],
+        step: usize,
+        b: *const f32,
+    ) {
         use std::arch::x86_64::*;
         // SAFETY: the reads are those of the caller's contract; `acc` rows hold 16 floats.
         unsafe {
@@ -243,7 +261,10 @@ mod tests {
             assert!((f64::from(x.exp_()) / wide.exp() - 1.0).abs() < 3e-7, "exp {x}");
             let (s, c) = (x * 10.0).sin_cos_();
             let wide10 = f64::from(x * 10.0);
-            assert!((f64::from(s) - wide10.sin()).abs() < 3e-7 && (f64::from(c) - wide10.cos()).abs() < 3e-7, "sin {x}");
+            assert!(
+                (f64::from(s) - wide10.sin()).abs() < 3e-7 && (f64::from(c) - wide10.cos()).abs() < 3e-7,
+                "sin {x}"
+            );
             let erf = candle_core::cpu::erf::erf_f64(wide * 0.1);
             assert!((f64::from((x * 0.1).erf_()) - erf).abs() < 5e-7, "erf {x}");
         }

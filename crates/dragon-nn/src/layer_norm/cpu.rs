@@ -8,7 +8,12 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, S
 /// Normalises the last dimension of `x`; `scale` and `shift` hold one vector per group of rows.
 ///
 /// A shift without a scale is not offered: no caller has one.
-pub(crate) fn apply(x: &Tensor, scale: Option<&Tensor>, shift: Option<&Tensor>, norm: Norm) -> Result<Tensor> {
+pub(crate) fn apply(
+    x: &Tensor,
+    scale: Option<&Tensor>,
+    shift: Option<&Tensor>,
+    norm: Norm,
+) -> Result<Tensor> {
     let x = x.contiguous()?;
     let op = Op(norm);
     match (scale, shift) {
@@ -31,7 +36,8 @@ impl Op {
         let data = slice::<T>(x.0, x.1)?;
         let scale = scale.map(|(s, l)| slice::<T>(s, l)).transpose()?;
         let shift = shift.map(|(s, l)| slice::<T>(s, l)).transpose()?;
-        let affine = Affine { scale, shift, rows_per_group: rows_per_group(data.len(), c, scale.map(<[T]>::len)) };
+        let affine =
+            Affine { scale, shift, rows_per_group: rows_per_group(data.len(), c, scale.map(<[T]>::len)) };
         Ok((T::storage(norm::forward(data, c, self.0, affine)), x.1.shape().clone()))
     }
 
@@ -89,7 +95,13 @@ impl CustomOp2 for Op {
         by_dtype!(dtype(x), T => self.forward::<T>((x, xl), Some((w, wl)), None))
     }
 
-    fn bwd(&self, x: &Tensor, w: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let [dx, dw, _] = by_dtype!(x.dtype(), T => self.backward::<T>(x, Some(w), None, grad))?;
         Ok((dx, dw))
     }

@@ -17,6 +17,9 @@ struct Linear;
 
 fn rows(n_rows: usize, n_in: usize, n_out: usize) -> Rows<'static> {
     Rows {
+        batch: 1,
+        in_batch: 0,
+        out_batch: 0,
         n_rows,
         in_step: 1,
         in_rows: n_rows,
@@ -34,7 +37,7 @@ fn forward<T: Real>(x: &[T], w: &[T], bias: Option<&[T]>, n_in: usize, n_out: us
     let n = x.len() / n_in;
     let packed = Packed::new(w, (1, n_in, n_out), |_| 0, (1, n_in));
     // SAFETY: every row and column is written.
-    unsafe { filled(n * n_out, |out| product(x, 0, &packed, bias, out, 0, 1, &rows(n, n_in, n_out))) }
+    unsafe { filled(n * n_out, |out| product(x, &packed, bias, out, &rows(n, n_in, n_out))) }
 }
 
 /// `g W`.
@@ -42,7 +45,7 @@ fn input_gradient<T: Real>(g: &[T], w: &[T], n_in: usize, n_out: usize) -> Vec<T
     let n = g.len() / n_out;
     let packed = Packed::new(w, (1, n_out, n_in), |_| 0, (n_in, 1));
     // SAFETY: every row and column is written.
-    unsafe { filled(n * n_in, |out| product(g, 0, &packed, None, out, 0, 1, &rows(n, n_out, n_in))) }
+    unsafe { filled(n * n_in, |out| product(g, &packed, None, out, &rows(n, n_out, n_in))) }
 }
 
 fn cpu_forward<T: Real>(
@@ -78,7 +81,7 @@ fn backward<T: Real>(
         // Rows and columns change places: `[n_out, n_in]` comes out in the weight's own layout.
         let rows = Rows { out_step: n_in, width: n_out, in_stride: n_out, ..rows(n, n_out, n_in) };
         // SAFETY: both matrices have `n` rows.
-        let dw = unsafe { weight_gradient(&g, 0, &x, 0, n_in, 1, &rows) };
+        let dw = unsafe { weight_gradient(&g, &x, n_in, &rows) };
         hand_over(w, tensor(dw, w.shape())?)?
     } else {
         None
@@ -95,11 +98,23 @@ impl CustomOp2 for Linear {
         "linear"
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, w: &CpuStorage, wl: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        w: &CpuStorage,
+        wl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         by_dtype!(dtype(w), T => cpu_forward::<T>((x, xl), (w, wl), None))
     }
 
-    fn bwd(&self, x: &Tensor, w: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (dx, dw, _) = by_dtype!(w.dtype(), T => backward::<T>(x, w, None, grad))?;
         Ok((dx, dw))
     }

@@ -1,7 +1,9 @@
 //! [`super::snake`] on the CPU, forward and backward.
 
 use crate::backward::hand_over;
-use crate::kernels::{Real, by_dtype, dtype, filled, for_each, ordered_sum, rows_per_task, slice, tensor, view};
+use crate::kernels::{
+    Real, by_dtype, dtype, filled, for_each, ordered_sum, rows_per_task, slice, tensor, view,
+};
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 
 pub(crate) fn snake(x: &Tensor, alpha: &Tensor) -> Result<Tensor> {
@@ -70,13 +72,25 @@ impl CustomOp2 for Snake {
         "snake"
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, a: &CpuStorage, al: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        a: &CpuStorage,
+        al: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         by_dtype!(dtype(x), T => {
             Ok((T::storage(forward(slice::<T>(x, xl)?, slice(a, al)?)), xl.shape().clone()))
         })
     }
 
-    fn bwd(&self, x: &Tensor, alpha: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        x: &Tensor,
+        alpha: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
         by_dtype!(x.dtype(), T => {
             let (dx, d_alpha) = backward(&view::<T>(x)?, &view::<T>(alpha)?, &view::<T>(&grad)?);

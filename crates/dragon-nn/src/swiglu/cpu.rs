@@ -67,7 +67,8 @@ impl CustomOp1 for SwiGlu {
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let c = x.dims().last().expect("rank checked") / 2;
         let grad = grad.contiguous()?;
-        let dx = by_dtype!(x.dtype(), T => tensor(backward(&view::<T>(x)?, &view::<T>(&grad)?, c), x.shape()))?;
+        let dx =
+            by_dtype!(x.dtype(), T => tensor(backward(&view::<T>(x)?, &view::<T>(&grad)?, c), x.shape()))?;
         Ok(Some(dx))
     }
 }

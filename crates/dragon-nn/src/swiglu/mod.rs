@@ -14,8 +14,8 @@ use candle_core::{Result, Tensor};
 /// If the last dimension is odd or missing.
 pub fn swiglu(x: &Tensor) -> Result<Tensor> {
     match x.dims().last() {
-        Some(c) if c % 2 == 0 && crate::kernels::fast(&[x]) => cpu::swiglu(x),
-        Some(c) if c % 2 == 0 => plain::swiglu(x),
+        Some(c) if c.is_multiple_of(2) && crate::kernels::fast(&[x]) => cpu::swiglu(x),
+        Some(c) if c.is_multiple_of(2) => plain::swiglu(x),
         _ => candle_core::bail!("swiglu: the last dimension of {:?} must be even", x.dims()),
     }
 }
