@@ -122,16 +122,16 @@ impl Config {
                 bail!("`{name}` must be at least 1, found 0");
             }
         }
-        if self.width % self.heads != 0 {
+        if !self.width.is_multiple_of(self.heads) {
             bail!("`width` must be a multiple of `heads` ({}), found {}", self.heads, self.width);
         }
-        if self.rotary_dim % 2 != 0 || self.rotary_dim > self.head_dim() {
+        if !self.rotary_dim.is_multiple_of(2) || self.rotary_dim > self.head_dim() {
             bail!("`rotary_dim` must be even and at most {}, found {}", self.head_dim(), self.rotary_dim);
         }
         if !(self.rotary_base.is_finite() && self.rotary_base >= 1.0) {
             bail!("`rotary_base` must be at least 1, found {}", self.rotary_base);
         }
-        if self.noise_features < 4 || self.noise_features % 2 != 0 {
+        if self.noise_features < 4 || !self.noise_features.is_multiple_of(2) {
             bail!("`noise_features` must be even and at least 4, found {}", self.noise_features);
         }
         Ok(())

@@ -123,7 +123,7 @@ impl Guidance {
             }
             _ => {}
         }
-        if !(self.sigma_lo <= self.sigma_hi) {
+        if self.sigma_lo.is_nan() || self.sigma_hi.is_nan() || self.sigma_lo > self.sigma_hi {
             bail!("guidance needs `sigma_lo` <= `sigma_hi`, found {} and {}", self.sigma_lo, self.sigma_hi);
         }
         Ok(())
