@@ -180,17 +180,6 @@ impl Bundle {
         }
         Ok(Tensor::cat(&parts, 0)?)
     }
-
-    /// SHA-256 of the base model's weights, in hex: a run continues only with the same base.
-    ///
-    /// # Errors
-    /// If the file cannot be read.
-    pub fn base_sha256(&self) -> Result<String> {
-        use sha2::{Digest, Sha256};
-        let path = self.dir.join("dit/model.safetensors");
-        let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
-        Ok(crate::run::hex(&Sha256::digest(&bytes)))
-    }
 }
 
 /// Reads a diffusion model's folder: its config and its weights.
