@@ -84,8 +84,9 @@ pub fn table(preset: &str, file: Option<&Path>, overrides: &[String]) -> Result<
 /// # Errors
 /// If the table does not fit `T`.
 pub fn read<T: DeserializeOwned>(table: Table, origin: &str) -> Result<T> {
-    T::deserialize(Value::Table(table))
-        .map_err(|err| anyhow!("{origin} is not a valid config\n  {}", err.to_string().trim().replace('\n', "\n  ")))
+    T::deserialize(Value::Table(table)).map_err(|err| {
+        anyhow!("{origin} is not a valid config\n  {}", err.to_string().trim().replace('\n', "\n  "))
+    })
 }
 
 fn preset_text(name: &str) -> Result<&'static str> {
@@ -113,10 +114,9 @@ fn apply(table: &mut Table, item: &str) -> Result<()> {
     let mut node = table;
     for parent in parents {
         let keys = node.keys().cloned().collect::<Vec<_>>().join(", ");
-        node = node
-            .get_mut(parent)
-            .and_then(Value::as_table_mut)
-            .ok_or_else(|| anyhow!("`--set {item}`: there is no section `{parent}`\nhint: here are {keys}"))?;
+        node = node.get_mut(parent).and_then(Value::as_table_mut).ok_or_else(|| {
+            anyhow!("`--set {item}`: there is no section `{parent}`\nhint: here are {keys}")
+        })?;
     }
     if !node.contains_key(key) {
         let keys = node.keys().cloned().collect::<Vec<_>>().join(", ");

@@ -107,11 +107,18 @@ pub fn run(command: Command, stop: &Arc<AtomicBool>) -> Result<()> {
                     (inputs.tunes, inputs.soundfont)
                 }
             };
-            let options =
-                render::Options { tunes, soundfont, out: args.out.clone(), n_clips: args.clips, seed: args.seed };
+            let options = render::Options {
+                tunes,
+                soundfont,
+                out: args.out.clone(),
+                n_clips: args.clips,
+                seed: args.seed,
+            };
             let done = render::render(&options, stop)?;
-            let line =
-                format!("{} clips of {} tunes ({} were there already)", done.n_clips, done.n_tunes, done.n_kept);
+            let line = format!(
+                "{} clips of {} tunes ({} were there already)",
+                done.n_clips, done.n_tunes, done.n_kept
+            );
             (args.out, line, done.refused, done.stopped)
         }
         Command::Import(args) => {
@@ -125,7 +132,12 @@ pub fn run(command: Command, stop: &Arc<AtomicBool>) -> Result<()> {
             for file in &done.left_out {
                 tracing::warn!("left out: {file}");
             }
-            (args.out, format!("{} clips of {} files", done.n_clips, done.n_files), done.refused, done.stopped)
+            (
+                args.out,
+                format!("{} clips of {} files", done.n_clips, done.n_files),
+                done.refused,
+                done.stopped,
+            )
         }
     };
     println!("{}: {line}", out.join("manifest.jsonl").display());

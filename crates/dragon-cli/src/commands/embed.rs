@@ -58,7 +58,8 @@ enum SettingName {
 /// Runs the command.
 pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     let ending = args.out.extension().and_then(|e| e.to_str()).unwrap_or_default();
-    let endings: &[&str] = if args.stats.is_some() { &["npz", "safetensors"] } else { &["npz", "safetensors", "npy"] };
+    let endings: &[&str] =
+        if args.stats.is_some() { &["npz", "safetensors"] } else { &["npz", "safetensors", "npy"] };
     if !endings.contains(&ending) {
         bail!("`{}` should end in one of .{}", args.out.display(), endings.join(", ."));
     }
@@ -72,7 +73,9 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
         SettingName::Ma => Setting::MA,
     };
     let encoder = match args.encoder.as_str() {
-        "musicnn" => EncoderConfig::Musicnn { weights: settings::path("builtin:musicnn/mtt_musicnn.safetensors") },
+        "musicnn" => {
+            EncoderConfig::Musicnn { weights: settings::path("builtin:musicnn/mtt_musicnn.safetensors") }
+        }
         dir => EncoderConfig::Clap { dir: settings::path(dir) },
     };
     let files = audio_files(&args.input)?;

@@ -96,7 +96,10 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
         settings::resolve("eval/default", args.config.config.as_deref(), &args.config.overrides())?;
     for path in &args.what {
         if !path.is_dir() {
-            bail!("there is no folder `{}`\nhint: give the folder of a run, or two folders of audio", path.display());
+            bail!(
+                "there is no folder `{}`\nhint: give the folder of a run, or two folders of audio",
+                path.display()
+            );
         }
     }
     let (model, prompts) = (settings::path(&args.model), settings::path(&args.prompts));

@@ -43,7 +43,8 @@ struct Preset {
 /// Reads a preset: the table `eval` is the evaluation, the rest the run. What both need is written once: the encoders
 /// of `[embed]` and the seed hold for the evaluation too.
 fn resolve(preset: &str, config: &ConfigArgs) -> Result<Preset> {
-    let mut table = settings::table(&format!("finetune/{preset}"), config.config.as_deref(), &config.overrides())?;
+    let mut table =
+        settings::table(&format!("finetune/{preset}"), config.config.as_deref(), &config.overrides())?;
     let mut eval = match table.remove("eval") {
         Some(Value::Table(eval)) => eval,
         _ => bail!("the config has no table `[eval]`\nhint: copy it from presets/finetune/per-song-fad.toml"),
@@ -53,7 +54,10 @@ fn resolve(preset: &str, config: &ConfigArgs) -> Result<Preset> {
             eval.entry(key).or_insert(value.clone());
         }
     }
-    Ok(Preset { finetune: settings::read(table, preset)?, eval: settings::read(eval, &format!("{preset}, table `eval`"))? })
+    Ok(Preset {
+        finetune: settings::read(table, preset)?,
+        eval: settings::read(eval, &format!("{preset}, table `eval`"))?,
+    })
 }
 
 /// Runs the command.

@@ -55,7 +55,8 @@ pub struct Args {
 pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     let mut prompts = args.prompts;
     if let Some(file) = &args.file {
-        let text = std::fs::read_to_string(file).with_context(|| format!("cannot read `{}`", file.display()))?;
+        let text =
+            std::fs::read_to_string(file).with_context(|| format!("cannot read `{}`", file.display()))?;
         prompts.extend(text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned));
     }
     if let Some(i) = prompts.iter().position(|prompt| prompt.trim().is_empty()) {
