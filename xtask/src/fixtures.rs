@@ -18,10 +18,13 @@ pub fn run(root: &Path, args: &[String]) -> Result<()> {
     let text: String = found.iter().map(|(name, (size, hash))| format!("{hash}\t{size}\t{name}\n")).collect();
     match args.first().map(String::as_str) {
         None => print!("{text}"),
-        Some("--write") => fs::write(&list, text).with_context(|| format!("cannot write {}", list.display()))?,
+        Some("--write") => {
+            fs::write(&list, text).with_context(|| format!("cannot write {}", list.display()))?
+        }
         Some("--check") => {
             check_sizes(&found)?;
-            let wanted = fs::read_to_string(&list).with_context(|| format!("cannot read {}", list.display()))?;
+            let wanted =
+                fs::read_to_string(&list).with_context(|| format!("cannot read {}", list.display()))?;
             let ours: Vec<&str> = text.lines().collect();
             let theirs: Vec<&str> = wanted.lines().collect();
             let changed: Vec<String> = ours
@@ -29,7 +32,10 @@ pub fn run(root: &Path, args: &[String]) -> Result<()> {
                 .filter(|line| !theirs.contains(line))
                 .map(|line| format!("  new or changed: {line}"))
                 .chain(
-                    theirs.iter().filter(|line| !ours.contains(line)).map(|line| format!("  listed:         {line}")),
+                    theirs
+                        .iter()
+                        .filter(|line| !ours.contains(line))
+                        .map(|line| format!("  listed:         {line}")),
                 )
                 .collect();
             if !changed.is_empty() {
@@ -49,7 +55,8 @@ pub fn run(root: &Path, args: &[String]) -> Result<()> {
 fn check_sizes(found: &BTreeMap<String, (u64, String)>) -> Result<()> {
     let mut sums = [0u64; LIMITS.len()];
     for (name, (size, _)) in found {
-        let group = LIMITS.iter().position(|(prefix, _)| name.starts_with(prefix)).expect("the last prefix is empty");
+        let group =
+            LIMITS.iter().position(|(prefix, _)| name.starts_with(prefix)).expect("the last prefix is empty");
         sums[group] += size;
     }
     for ((prefix, limit), sum) in LIMITS.iter().zip(sums) {
@@ -68,7 +75,8 @@ fn scan(folder: &Path) -> Result<BTreeMap<String, (u64, String)>> {
         let entries = fs::read_dir(&dir).with_context(|| format!("cannot read {}", dir.display()))?;
         for entry in entries {
             let path: PathBuf = entry?.path();
-            let name = path.strip_prefix(folder).expect("inside the folder").to_string_lossy().replace('\\', "/");
+            let name =
+                path.strip_prefix(folder).expect("inside the folder").to_string_lossy().replace('\\', "/");
             if path.is_dir() {
                 if !name.ends_with("__pycache__") {
                     open.push(path);

@@ -78,14 +78,25 @@ fn test(root: &Path) -> Result<()> {
     step(
         "clippy",
         cargo(root).args([
-            "clippy", "--release", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings",
+            "clippy",
+            "--release",
+            "--workspace",
+            "--all-targets",
+            "--locked",
+            "--",
+            "-D",
+            "warnings",
         ]),
     )?;
     step(
         "doc links",
-        cargo(root)
-            .env("RUSTDOCFLAGS", "-D warnings")
-            .args(["doc", "--release", "--workspace", "--no-deps", "--locked"]),
+        cargo(root).env("RUSTDOCFLAGS", "-D warnings").args([
+            "doc",
+            "--release",
+            "--workspace",
+            "--no-deps",
+            "--locked",
+        ]),
     )?;
     step("tests", cargo(root).args(["test", "--release", "--workspace", "--locked"]))
 }
@@ -121,10 +132,7 @@ fn dragon(root: &Path, args: &[String]) -> Result<ExitCode> {
 
 /// Times us and PyTorch in turn: builds our side, then leaves the rounds to the script.
 fn peers(root: &Path, args: &[String]) -> Result<()> {
-    step(
-        "build",
-        cargo(root).args(["build", "--release", "--package", "dragon-nn", "--example", "peers"]),
-    )?;
+    step("build", cargo(root).args(["build", "--release", "--package", "dragon-nn", "--example", "peers"]))?;
     let rest: Vec<&String> = args.iter().filter(|a| *a != "--peers").collect();
     step("peers", Command::new("python3").arg(root.join("xtask/bench/peers.py")).args(rest).current_dir(root))
 }

@@ -15,11 +15,14 @@ pub fn device(name: &str) -> Result<Device> {
         Some(("cuda", number)) => number.parse().ok(),
         _ => None,
     };
-    let Some(gpu) = gpu else { return Err(Error::config("device", "`cpu`, `cuda` or `cuda:N`", format!("`{name}`"))) };
+    let Some(gpu) = gpu else {
+        return Err(Error::config("device", "`cpu`, `cuda` or `cuda:N`", format!("`{name}`")));
+    };
     if !candle_core::utils::cuda_is_available() {
         return Err(Error::Data {
             problem: format!("the device `{name}` was asked for, but this program was built without CUDA"),
-            hint: "build it with --features cuda (`cargo xtask … --device cuda` does), or leave --device out".into(),
+            hint: "build it with --features cuda (`cargo xtask … --device cuda` does), or leave --device out"
+                .into(),
         });
     }
     Device::new_cuda(gpu).map_err(Error::input(format!("cannot use the device `{name}`")))

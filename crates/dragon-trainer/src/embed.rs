@@ -89,7 +89,8 @@ pub fn embed_files(
 }
 
 fn embed_file(encoder: &dyn AudioEncoder, setting: &Setting, path: &Path) -> Result<SongEmbeddings> {
-    let clip = dragon_audio::read_mono(path, encoder.sample_rate_hz()).map_err(Error::input("cannot embed"))?;
+    let clip =
+        dragon_audio::read_mono(path, encoder.sample_rate_hz()).map_err(Error::input("cannot embed"))?;
     let context = || format!("cannot embed `{}`", path.display());
     let embeddings = encoder.embed_clip(&clip.samples, setting).map_err(Error::input(context()))?;
     Ok(SongEmbeddings { path: path.to_owned(), rows: rows(&embeddings).map_err(Error::input(context()))? })
@@ -166,7 +167,8 @@ mod tests {
     }
 
     fn tone(path: &Path, seconds: f32) {
-        let samples: Vec<f32> = (0..(8000.0 * seconds) as usize).map(|i| (i as f32 * 0.1).sin() * 0.5).collect();
+        let samples: Vec<f32> =
+            (0..(8000.0 * seconds) as usize).map(|i| (i as f32 * 0.1).sin() * 0.5).collect();
         let clip = dragon_audio::Clip { samples, sample_rate_hz: 8000 };
         dragon_audio::write_wav(path, &clip, dragon_audio::SampleFormat::Int16).unwrap();
     }

@@ -26,7 +26,8 @@ pub fn copy_part(from: &Path, to: &Path) -> Result<u64> {
     let path = from.join("model.safetensors");
     let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
     let context = || format!("cannot pack `{}`", path.display());
-    let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).map_err(Error::input(context()))?;
+    let tensors =
+        candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).map_err(Error::input(context()))?;
     let mut halves = BTreeMap::new();
     for (name, tensor) in tensors {
         let largest = tensor.to_dtype(DType::F32)?.abs()?.max_all()?.to_scalar::<f32>()?;

@@ -362,12 +362,12 @@ impl<T: Real> Plan<T> {
         let samples = out.len();
         if start >= pad && start - pad + n <= samples {
             for ((y, x), w) in out[start - pad..start - pad + n].iter_mut().zip(&s.frame).zip(&self.window) {
-                *y = *y + *x * *w;
+                *y += *x * *w;
             }
         } else {
             for (i, (x, w)) in s.frame.iter().zip(&self.window).enumerate() {
                 let at = reflect(start + i, pad, samples);
-                out[at] = out[at] + *x * *w;
+                out[at] += *x * *w;
             }
         }
     }

@@ -93,7 +93,7 @@ impl AudioVae {
         let cfg = read_config(&dir.join("config.json"))?;
         let params = Params::new(0);
         let vae = Self::new(&cfg, params.builder(dtype, device)).map_err(|source| Error::Model { source })?;
-        params.load(dir.join("model.safetensors"))?;
+        params.load(dir.join("model.safetensors")).map_err(Box::new)?;
         Ok(vae)
     }
 
@@ -252,7 +252,7 @@ pub enum Error {
     },
     /// The weights cannot be read, or do not fit the config.
     #[error(transparent)]
-    Weights(#[from] LoadError),
+    Weights(#[from] Box<LoadError>),
     /// The weights cannot be written.
     #[error("cannot write `{}`: {source}", path.display())]
     Write {
