@@ -3,8 +3,8 @@
 //! Reading order:
 //! - [`clip`]: [`Audio`] (channels) and [`Clip`] (mono), their conversions and windows;
 //! - [`decode`]: files to samples (WAV, FLAC, Ogg Vorbis, MP3, AIFF, MP4/AAC, ...), strict about damage;
-//! - [`write`]: samples to WAV files, whole or not at all;
-//! - [`resample`]: sample-rate conversion without delay;
+//! - [`mod@write`]: samples to WAV files, whole or not at all;
+//! - [`mod@resample`]: sample-rate conversion without delay;
 //! - [`mel`]: windows, STFT, mel filter banks and mel spectrograms, equal to librosa's;
 //! - [`measure`]: level, loudness, brightness;
 //! - [`error`]: what can go wrong, with the path, the expected and the found.
