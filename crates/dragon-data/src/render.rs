@@ -339,7 +339,7 @@ fn abc_files(root: &Path) -> Result<Vec<(String, String)>> {
         return Err(Error::Missing {
             what: "folder of tunes",
             path: root.to_path_buf(),
-            hint: "`dragon data fetch --what scores` gets the collections that the default uses",
+            hint: "`dragon data render` without `--tunes` and `--soundfont` downloads the default ones",
         });
     }
     let mut files = Vec::new();
@@ -399,7 +399,7 @@ fn tunes_hash(pieces: &[Piece]) -> String {
 
 fn missing(path: &Path, what: &'static str, error: std::io::Error) -> Error {
     if error.kind() == std::io::ErrorKind::NotFound {
-        let hint = "`dragon data fetch --what scores` gets the one that the default uses";
+        let hint = "`dragon data render` without `--tunes` and `--soundfont` downloads the default ones";
         return Error::Missing { what, path: path.to_path_buf(), hint };
     }
     Error::io(path, "read")(error)
