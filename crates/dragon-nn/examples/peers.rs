@@ -244,10 +244,10 @@ fn case(name: &str) -> Result<Case> {
             operation(backward, &[&[1280, 192], &[768, 192], &[768]], |t| linear(&t[0], &t[1], Some(&t[2])))
         }
         "attention_80" => {
-            operation(backward, &[&[16, 80, 6, 32]; 3], |t| attention(&t[0], &t[1], &t[2], None, 0.2))
+            operation(backward, &[&[16, 80, 6, 32][..]; 3], |t| attention(&t[0], &t[1], &t[2], None, 0.2))
         }
         "attention_1024" => {
-            operation(backward, &[&[2, 1024, 8, 64]; 3], |t| attention(&t[0], &t[1], &t[2], None, 0.2))
+            operation(backward, &[&[2, 1024, 8, 64][..]; 3], |t| attention(&t[0], &t[1], &t[2], None, 0.2))
         }
         "transformer_192x6" => transformer(192, 6, 6, 16, pass),
         "transformer_512x8" => transformer(512, 8, 8, 8, pass),

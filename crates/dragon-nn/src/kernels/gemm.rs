@@ -248,7 +248,7 @@ impl<T: Real> Tile<'_, T> {
                     *a = self.x.offset(r * rows.in_stride as isize).add(depth.start);
                 }
                 T::tile(&mut acc, depth.len(), a, 1, self.b.add(depth.start * NR));
-            } else if rows.width > 0 {
+            } else if !depth.is_empty() {
                 for tap in depth.start / rows.width..depth.end.div_ceil(rows.width) {
                     let (low, high) = (tap * rows.width, (tap + 1) * rows.width);
                     let part = depth.start.max(low)..depth.end.min(high);
