@@ -141,7 +141,7 @@ impl Config {
 
     /// Tokens along one side of stage `i`.
     fn side(&self, stage: usize) -> usize {
-        self.spec_size / self.patch_size >> stage
+        (self.spec_size / self.patch_size) >> stage
     }
 
     /// Side of the windows of stage `i`, and by how much every second block shifts them.

@@ -31,8 +31,7 @@ pub fn copy_part(from: &Path, to: &Path) -> Result<u64> {
     let mut halves = BTreeMap::new();
     for (name, tensor) in tensors {
         let largest = tensor.to_dtype(DType::F32)?.abs()?.max_all()?.to_scalar::<f32>()?;
-        // Also catches NaN, which no comparison holds for.
-        if !(largest <= 65504.0) {
+        if largest.is_nan() || largest > 65504.0 {
             return Err(Error::Content {
                 path,
                 problem: format!("holds {largest} in `{name}`, beyond what f16 can store"),
@@ -61,7 +60,7 @@ mod tests {
         let save = |value: f32| {
             let tensor = Tensor::new(&[0.5f32, value], &Device::Cpu).unwrap();
             let all = BTreeMap::from([("w".to_owned(), tensor)]);
-            write_safetensors(&from.join("model.safetensors"), &all, &BTreeMap::new()).unwrap();
+            write_safetensors(from.join("model.safetensors"), &all, &BTreeMap::new()).unwrap();
         };
         save(-2.0);
         copy_part(&from, &to).unwrap();

@@ -176,7 +176,8 @@ fn mistakes_are_named_before_any_work() {
     let good = tiny_bundle(&bundle_in(&dir));
     let missing = dir.path().join("nothing.jsonl");
     let set_reward = "kind='vendi'\nencoder='vae'\nsetting='frames'\npooling='song_mean'";
-    let cases: Vec<(&str, Box<dyn Fn(&mut FinetuneConfig)>)> = vec![
+    type Mistake = Box<dyn Fn(&mut FinetuneConfig)>;
+    let cases: Vec<(&str, Mistake)> = vec![
         ("rollout.songs_per_step", Box::new(|c| c.rollout.songs_per_step = 0)),
         ("an even number", Box::new(|c| c.rollout.songs_per_step = 7)),
         ("rollout.reference_probability", Box::new(|c| c.rollout.reference_probability = 1.5)),

@@ -80,7 +80,7 @@ impl EvalPreset {
             prompts,
             split: self.split,
             n_prompts: self.n_prompts,
-            sampler: self.sampler.clone(),
+            sampler: self.sampler,
             batch: self.batch,
             embed: self.embed.clone(),
             metrics: self.metrics.clone(),
