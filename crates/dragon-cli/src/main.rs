@@ -28,6 +28,11 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
+    if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
+        // Our kernels bring their own threads; candle's pool for element-wise work only spins beside them.
+        // SAFETY: no other thread exists yet that could read the environment.
+        unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(err) => {
