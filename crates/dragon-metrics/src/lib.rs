@@ -5,8 +5,8 @@
 //! - [`gaussian`]: [`GaussianStats`] (mean, covariance) and [`Moments`], the streaming accumulator.
 //! - [`frechet`]: Fréchet distance by symmetric eigenvalues; [`FrechetReference`], made once per reference set;
 //!   [`FrechetPool`], the distance of any subset of a fixed pool of songs (bootstraps, greedy selection).
-//! - [`vendi`], [`clap_score`]: diversity of a set; agreement of audio and text.
-//! - [`win_rate`], [`correlation`], [`bootstrap`]: the statistics around the metrics.
+//! - [`mod@vendi`], [`mod@clap_score`]: diversity of a set; agreement of audio and text.
+//! - [`mod@win_rate`], [`correlation`], [`bootstrap`]: the statistics around the metrics.
 //! - [`files`]: reference statistics (`.npz` as fadtk writes them, safetensors) and embeddings (`.npy`, `.npz`, safetensors).
 //! - [`linalg`]: the two eigenvalue routines and products that the rest is made of.
 //!

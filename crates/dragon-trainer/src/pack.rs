@@ -30,11 +30,11 @@ pub fn copy_part(from: &Path, to: &Path) -> Result<u64> {
         candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).map_err(Error::input(context()))?;
     let mut halves = BTreeMap::new();
     for (name, tensor) in tensors {
-        let largest = tensor.to_dtype(DType::F32)?.abs()?.max_all()?.to_scalar::<f32>()?;
-        if largest.is_nan() || largest > 65504.0 {
+        let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        if let Some(value) = values.iter().find(|v| v.is_nan() || v.abs() > 65504.0) {
             return Err(Error::Content {
                 path,
-                problem: format!("holds {largest} in `{name}`, beyond what f16 can store"),
+                problem: format!("holds {value} in `{name}`, which f16 cannot store"),
                 hint: "pack an earlier checkpoint".into(),
             });
         }

@@ -472,7 +472,7 @@ mod tests {
 
     #[test]
     fn numbers_and_times_are_short() {
-        assert_eq!(short(0.693213), "0.6931");
+        assert_eq!(short(0.69312), "0.6931");
         assert_eq!(short(-12.3456), "-12.35");
         assert_eq!(short(1.2e-5), "1.200e-5");
         assert_eq!(

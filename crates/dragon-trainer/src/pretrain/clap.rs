@@ -541,7 +541,7 @@ mod tests {
         cfg.warmup_steps = 3;
         cfg.decay_steps = 100;
         cfg.ema_decay = 0.8;
-        cfg.optimizer.lr = 5e-3;
+        cfg.optimizer.lr = 1e-3;
         cfg
     }
 
