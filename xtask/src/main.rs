@@ -1,7 +1,7 @@
 //! `cargo xtask …`: builds and starts the `dragon` binary, and runs everything CI checks.
 //!
 //! It links no crate of this workspace, so it compiles in seconds. Every command it does not know itself is handed to
-//! `dragon`, built in release with the features that the arguments need.
+//! `dragon`, built in release.
 
 mod fixtures;
 
@@ -103,13 +103,8 @@ fn test(root: &Path) -> Result<()> {
 
 /// Builds `dragon` and hands over to it; its exit code is ours.
 fn dragon(root: &Path, args: &[String]) -> Result<ExitCode> {
-    let cuda = args.windows(2).any(|w| w[0] == "--device" && w[1].starts_with("cuda"))
-        || args.iter().any(|a| a.starts_with("--device=cuda"));
     let mut build = cargo(root);
     build.args(["build", "--release", "--quiet", "--package", "dragon-cli"]);
-    if cuda {
-        build.args(["--features", "cuda"]);
-    }
     if !build.status().context("cannot start cargo")?.success() {
         bail!("`dragon` does not build");
     }
