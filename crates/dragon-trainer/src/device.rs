@@ -21,8 +21,7 @@ pub fn device(name: &str) -> Result<Device> {
     if !candle_core::utils::cuda_is_available() {
         return Err(Error::Data {
             problem: format!("the device `{name}` was asked for, but this program was built without CUDA"),
-            hint: "leave --device out: this version runs on the CPU"
-                .into(),
+            hint: "leave --device out: this version runs on the CPU".into(),
         });
     }
     Device::new_cuda(gpu).map_err(Error::input(format!("cannot use the device `{name}`")))
