@@ -15,7 +15,7 @@ cargo xtask <command> [arguments]
 
 Checks and measurements:
   test                 format, clippy, tests, doc links, crate edges, fixtures: everything CI checks
-  bench [--peers]      our timings; with --peers side by side with PyTorch (makes a Python environment)
+  bench --peers        our layers and PyTorch's, timed in turn (makes a Python environment)
   fixtures [--check]   list the fixtures with size and hash; --check compares with fixtures/MANIFEST.tsv,
                        --write renews it
 

@@ -51,8 +51,9 @@ impl Edm {
     /// For latents normalised to unit variance: `sigma_data` 1, and training levels for latents of music.
     ///
     /// Such latents have little redundancy: below sigma 0.5 their noise cannot be told from detail, and a text is of use above
-    /// sigma 4 only, where the default's levels, scaled to `sigma_data` 1, hardly reach. With `P_mean` 0.2 the embedded model gained 2 % of the loss
-    /// at sigma 15 from its captions after 700 steps; with 1.2, 15 % after 100 more. The schedule ends at 0.01, where the remaining
+    /// sigma 4 only, where the default's levels, scaled to `sigma_data` 1, hardly reach. With `P_mean` 0.2 the shipped model gained 2 % of the loss
+    /// at sigma 15 from its captions after 760 steps; with 1.2, 15 % after 100 more (the text projections had been rescaled and
+    /// the batch doubled shortly before, so the levels alone are not proved to be the cause). The schedule ends at 0.01, where the remaining
     /// noise is 40 dB below the latents.
     pub fn unit_variance() -> Self {
         Self { sigma_data: 1.0, p_mean: 1.2, p_std: 1.2, sigma_min: 0.01, sigma_max: 80.0, rho: 7.0 }

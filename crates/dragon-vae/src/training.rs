@@ -60,7 +60,7 @@ pub struct TrainingConfig {
 }
 
 impl TrainingConfig {
-    /// Settings of the embedded model.
+    /// Settings for the next training of the tiny default.
     pub fn tiny_music() -> Self {
         Self {
             n_steps: 4000,

@@ -54,7 +54,8 @@ const MAX_LOGIT_SCALE: f64 = 4.605_170_185_988_092; // ln 100
 const STEPS_PER_DB: f32 = 200.0;
 
 impl ClapConfig {
-    /// The settings that the embedded model was trained with.
+    /// Settings for the next training of the tiny default. The shipped one was trained with earlier ones: its folder's
+    /// `config.json` and `fixtures/tiny/README.md` say which.
     pub fn tiny_music(manifests: Vec<PathBuf>) -> Self {
         Self {
             manifests,

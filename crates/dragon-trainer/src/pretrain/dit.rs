@@ -98,7 +98,7 @@ pub enum Schedule {
 }
 
 impl Config {
-    /// The embedded model on the clips of `manifest`.
+    /// The tiny model on the clips of `manifest`; the shipped one was trained in several parts, see `fixtures/tiny/README.md`.
     pub fn tiny_music(manifest: PathBuf, vae: PathBuf, cache: PathBuf) -> Self {
         Self {
             seed: 0,

@@ -35,7 +35,8 @@ pub struct VaeConfig {
 }
 
 impl VaeConfig {
-    /// The settings that the embedded model was trained with.
+    /// Settings for the next training of the tiny default. The shipped one was trained with earlier ones: its folder's
+    /// `config.json` and `fixtures/tiny/README.md` say which.
     pub fn tiny_music(manifests: Vec<PathBuf>) -> Self {
         Self {
             manifests,
