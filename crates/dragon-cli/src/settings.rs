@@ -9,6 +9,7 @@ use toml::{Table, Value};
 /// The presets that ship inside the binary: name and text.
 pub const PRESETS: &[(&str, &str)] = &[
     ("finetune/per-song-fad", include_str!("../presets/finetune/per-song-fad.toml")),
+    ("card/default", include_str!("../presets/card/default.toml")),
     ("eval/default", include_str!("../presets/eval/default.toml")),
     ("pretrain/vae", include_str!("../presets/pretrain/vae.toml")),
     ("pretrain/clap", include_str!("../presets/pretrain/clap.toml")),

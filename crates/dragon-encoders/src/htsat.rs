@@ -81,9 +81,9 @@ impl Config {
     pub fn tiny_music() -> Self {
         Self {
             sample_rate_hz: 16_000,
-            clip_samples: 81_920,
+            clip_samples: 48_000, // 3 s, as musicnn: several windows in a song of 5 s
             n_fft: 1024,
-            hop: 321, // 1 + 81920/321 = 256 frames, two blocks of 128: no resizing
+            hop: 188, // 1 + 48000/188 = 256 frames, two blocks of 128: no resizing
             mel_bins: 64,
             f_min_hz: 50.0,
             f_max_hz: 8_000.0,

@@ -631,7 +631,7 @@ impl std::fmt::Display for Short {
     }
 }
 
-fn number(value: f64) -> String {
+pub(crate) fn number(value: f64) -> String {
     Short(value).to_string()
 }
 

@@ -8,14 +8,45 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use crate::stft::Stft;
 
-/// Floor under the logarithm: magnitudes below are silence (DAC's `clamp_eps`).
-const CLAMP_EPS: f64 = 1e-5;
+/// Where the logarithm of a magnitude ends.
+///
+/// The logarithm hears a difference of 10 dB in a bin of near silence as well as in a loud one. DAC's limit lies so far down
+/// that in rendered music, with its empty high bands, most of the loss speaks of what nobody hears.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Floor {
+    /// `log10(max(x, 1e-5))`, DAC's `clamp_eps`.
+    Dac,
+    /// `log10(1 + x / floor)`, the floor being what a sine of this level, in dB below full scale, gives in its bin. Unlike a
+    /// clamp it lets the gradient through in silence too.
+    Level(f64),
+}
+
+impl Floor {
+    /// What magnitudes of windows of `n_fft` samples are divided by. A sine of amplitude `a` gives `a * n_fft / 4` (Hann).
+    fn unit(self, n_fft: usize) -> f64 {
+        match self {
+            Floor::Dac => 1.0,
+            Floor::Level(db) => 10f64.powf(db / 20.0) * n_fft as f64 / 4.0,
+        }
+    }
+
+    fn log10(self, x: &Tensor) -> Result<Tensor> {
+        /// DAC's `clamp_eps`.
+        const CLAMP_EPS: f64 = 1e-5;
+        let x = match self {
+            Floor::Dac => x.maximum(CLAMP_EPS)?,
+            Floor::Level(_) => (x + 1.0)?,
+        };
+        x.log()? * std::f64::consts::LOG10_E
+    }
+}
 
 /// L1 distance of log10 mel magnitudes, averaged over values and summed over resolutions
 /// (DAC's `MelSpectrogramLoss` with `pow` 1 and `mag_weight` 0, which are its recipe's settings).
 #[derive(Debug, Clone)]
 pub struct MelLoss {
     scales: Vec<(Stft, Tensor)>,
+    floor: Floor,
 }
 
 impl MelLoss {
@@ -27,6 +58,7 @@ impl MelLoss {
     pub fn new(
         sample_rate_hz: u32,
         scales: &[(usize, usize)],
+        floor: Floor,
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
@@ -34,30 +66,38 @@ impl MelLoss {
             .iter()
             .map(|&(window, n_mels)| {
                 let stft = Stft::quarter(window);
-                let filters = slaney_filters(sample_rate_hz, window, n_mels);
+                let mut filters = slaney_filters(sample_rate_hz, window, n_mels);
+                if floor != Floor::Dac {
+                    // Bands in units of what a sine at the floor gives at their peaks.
+                    for band in filters.chunks_mut(stft.n_bins()) {
+                        let peak = band.iter().copied().fold(0.0, f64::max);
+                        let unit = (peak * floor.unit(window)).max(f64::MIN_POSITIVE);
+                        band.iter_mut().for_each(|w| *w /= unit);
+                    }
+                }
                 let filters = Tensor::from_vec(filters, (n_mels, stft.n_bins()), device)?.to_dtype(dtype)?;
                 Ok((stft, filters))
             })
             .collect();
-        Ok(Self { scales: scales? })
+        Ok(Self { scales: scales?, floor })
     }
 
     /// The seven resolutions of DAC's recipe: windows 32 to 2048, bands 5 to 320.
     ///
     /// # Errors
     /// As [`MelLoss::new`].
-    pub fn dac(sample_rate_hz: u32, dtype: DType, device: &Device) -> Result<Self> {
+    pub fn dac(sample_rate_hz: u32, floor: Floor, dtype: DType, device: &Device) -> Result<Self> {
         let scales = [(32, 5), (64, 10), (128, 20), (256, 40), (512, 80), (1024, 160), (2048, 320)];
-        Self::new(sample_rate_hz, &scales, dtype, device)
+        Self::new(sample_rate_hz, &scales, floor, dtype, device)
     }
 
-    /// `log10(max(mel, 1e-5))` at each resolution, `[B, frames, bands]`.
+    /// Logarithms of the mel bands at each resolution, `[B, frames, bands]`.
     ///
     /// # Errors
     /// If the audio `[B, samples]` is too short.
     pub fn log_mels(&self, audio: &Tensor) -> Result<Vec<Tensor>> {
         let log_mel = |(stft, filters): &(Stft, Tensor)| {
-            log10(&dragon_nn::linear(&stft.magnitude(audio)?, filters, None)?) // [B, frames, bands]
+            self.floor.log10(&dragon_nn::linear(&stft.magnitude(audio)?, filters, None)?) // [B, frames, bands]
         };
         self.scales.iter().map(log_mel).collect()
     }
@@ -84,12 +124,13 @@ impl MelLoss {
 #[derive(Debug, Clone)]
 pub struct StftLoss {
     scales: Vec<Stft>,
+    floor: Floor,
 }
 
 impl StftLoss {
     /// One resolution for each window, in samples; hop a quarter of it.
-    pub fn new(windows: &[usize]) -> Self {
-        Self { scales: windows.iter().map(|&w| Stft::quarter(w)).collect() }
+    pub fn new(windows: &[usize], floor: Floor) -> Self {
+        Self { scales: windows.iter().map(|&w| Stft::quarter(w)).collect(), floor }
     }
 
     /// The loss, one number; 0 for equal audio.
@@ -108,7 +149,8 @@ impl StftLoss {
             let (x, y) = (stft.magnitude(estimate)?, stft.magnitude(audio)?); // [B, frames, bins]
             // 0.5 keeps silent rows quiet: the norm that a sine at -60 dB has in one frame of 2048 samples.
             let convergence = norm(&(&x - &y)?)?.div(&(norm(&y)? + 0.5)?)?.mean_all()?;
-            sum = ((sum + convergence)? + l1(&log10(&x)?, &log10(&y)?)?)?;
+            let level = |x: &Tensor| self.floor.log10(&(x / self.floor.unit(stft.n_fft))?);
+            sum = ((sum + convergence)? + l1(&level(&x)?, &level(&y)?)?)?;
         }
         Ok(sum)
     }
@@ -186,11 +228,6 @@ fn total(terms: &[Tensor]) -> Result<Tensor> {
     Tensor::stack(terms, 0)?.sum_all()
 }
 
-/// `log10(max(x, 1e-5))`.
-fn log10(x: &Tensor) -> Result<Tensor> {
-    x.maximum(CLAMP_EPS)?.log()? * std::f64::consts::LOG10_E
-}
-
 /// Triangular filters on Slaney's mel scale, each of unit area over Hz, `[n_mels, n_fft / 2 + 1]` row by row
 /// (`librosa.filters.mel` with its defaults).
 fn slaney_filters(sample_rate_hz: u32, n_fft: usize, n_mels: usize) -> Vec<f64> {
@@ -232,8 +269,8 @@ mod tests {
     #[test]
     fn losses_are_zero_on_equal_input_and_positive_otherwise() {
         let (x, y) = (noise((2, 400)), (noise((2, 400)) * 0.5).unwrap());
-        let mel = MelLoss::new(1000, &[(32, 5), (64, 10)], DType::F64, &Device::Cpu).unwrap();
-        let stft = StftLoss::new(&[64, 32]);
+        let mel = MelLoss::new(1000, &[(32, 5), (64, 10)], Floor::Dac, DType::F64, &Device::Cpu).unwrap();
+        let stft = StftLoss::new(&[64, 32], Floor::Dac);
         assert_eq!(value(&mel.forward(&x, &x).unwrap()), 0.0);
         assert!(value(&stft.forward(&x, &x).unwrap()) < 1e-4);
         assert_eq!(value(&l1(&x, &x).unwrap()), 0.0);
@@ -244,8 +281,36 @@ mod tests {
     }
 
     #[test]
+    fn what_lies_below_the_floor_hardly_counts() {
+        // A sine at -20 dB, and noise at the given level beside it.
+        let sine: Vec<f64> = (0..4000).map(|i| 0.1 * (0.7 * i as f64).sin()).collect();
+        let sine = Tensor::from_vec(sine, (1, 4000), &Device::Cpu).unwrap();
+        let noise = Rng::new(5).normal_tensor((1, 4000), DType::F64, &Device::Cpu).unwrap();
+        let with_noise = |db: f64| (&sine + (&noise * 10f64.powf(db / 20.0)).unwrap()).unwrap();
+        let distances = |floor: Floor, db: f64| {
+            let mel = MelLoss::new(16_000, &[(512, 80)], floor, DType::F64, &Device::Cpu).unwrap();
+            let stft = StftLoss::new(&[512], floor);
+            let y = with_noise(db);
+            [value(&mel.forward(&y, &sine).unwrap()), value(&stft.forward(&y, &sine).unwrap())]
+        };
+        for (deaf, dac) in distances(Floor::Level(-70.0), -90.0).into_iter().zip(distances(Floor::Dac, -90.0))
+        {
+            assert!(deaf < 0.02 && dac > 4.0 * deaf, "{deaf} {dac}");
+        }
+        for heard in distances(Floor::Level(-70.0), -30.0) {
+            assert!(heard > 0.5, "{heard}");
+        }
+    }
+
+    #[test]
     fn the_mel_loss_has_the_gradient_of_finite_differences() {
-        let mel = MelLoss::new(1000, &[(32, 5)], DType::F64, &Device::Cpu).unwrap();
+        for floor in [Floor::Dac, Floor::Level(-60.0)] {
+            gradient_equals_finite_differences(floor);
+        }
+    }
+
+    fn gradient_equals_finite_differences(floor: Floor) {
+        let mel = MelLoss::new(1000, &[(32, 5)], floor, DType::F64, &Device::Cpu).unwrap();
         let (x, y) = (noise((1, 64)), (noise((1, 64)).cos()).unwrap());
         let var = Var::from_tensor(&x).unwrap();
         let grads = mel.forward(&var, &y).unwrap().backward().unwrap();

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::Config;
 use crate::discriminator::{self, Discriminator};
 use crate::losses::{
-    MelLoss, StftLoss, discriminator_loss, feature_matching_loss, generator_loss, l1, si_sdr,
+    Floor, MelLoss, StftLoss, discriminator_loss, feature_matching_loss, generator_loss, l1, si_sdr,
 };
 use crate::vae::{self, AudioVae};
 
@@ -51,6 +51,9 @@ pub struct TrainingConfig {
     pub ema_decay: f64,
     /// Weights of the loss terms.
     pub weights: LossWeights,
+    /// Level of a sine below which the logarithms of the mel and STFT losses hear little, in dB of full scale ([`Floor::Level`]);
+    /// none: DAC's floor, far below 16-bit audio. Validation always measures with DAC's.
+    pub log_floor_db: Option<f64>,
     /// Step at which the adversarial stage begins; none: it never does.
     pub adversarial_from: Option<usize>,
     /// Sizes of the discriminators.
@@ -77,6 +80,7 @@ impl TrainingConfig {
                 adversarial: 0.1,
                 feature_matching: 0.5,
             },
+            log_floor_db: Some(-80.0),
             adversarial_from: None,
             discriminator: discriminator::Config::tiny_music(),
             freeze_encoder: false,
@@ -93,6 +97,7 @@ pub struct Training {
     averaged: AudioVae,
     mel: MelLoss,
     stft: StftLoss,
+    mel_distance: MelLoss,
     discriminator: Discriminator,
     discriminator_group: Group,
 }
@@ -157,6 +162,7 @@ impl Training {
     /// If a config is not valid.
     pub fn new(model: &Config, cfg: &TrainingConfig, seed: u64, device: &Device) -> Result<Self> {
         let dtype = DType::F32;
+        let floor = cfg.log_floor_db.map_or(Floor::Dac, Floor::Level);
         let (encoder, decoder, critic) = (Params::new(seed), Params::new(seed), Params::new(seed));
         let vae =
             AudioVae::from_parts(model, encoder.builder(dtype, device), decoder.builder(dtype, device))?;
@@ -171,8 +177,9 @@ impl Training {
         )?;
         Ok(Self {
             discriminator_group: Group::new(critic, cfg, cfg.discriminator_lr)?,
-            mel: MelLoss::dac(model.sample_rate_hz, dtype, device)?,
-            stft: StftLoss::new(&[2048, 1024, 512, 128]),
+            mel: MelLoss::dac(model.sample_rate_hz, floor, dtype, device)?,
+            stft: StftLoss::new(&[2048, 1024, 512, 128], floor),
+            mel_distance: MelLoss::dac(model.sample_rate_hz, Floor::Dac, dtype, device)?,
             cfg: cfg.clone(),
             model: vae,
             encoder,
@@ -306,7 +313,7 @@ impl Training {
             let rows = (batch * channels, samples);
             let (estimate, audio) = (estimate.reshape(rows)?, audio.reshape(rows)?);
             let rms = |x: &Tensor| -> Result<f64> { Ok(scalar(&x.sqr()?.mean_all()?)?.sqrt().max(1e-8)) };
-            sums[0] += scalar(&self.mel.forward(&estimate, &audio)?)?;
+            sums[0] += scalar(&self.mel_distance.forward(&estimate, &audio)?)?;
             sums[1] += scalar(&si_sdr(&estimate, &audio)?.mean_all()?)?;
             sums[2] += 20.0 * (rms(&estimate)? / rms(&audio)?).log10();
             sums[3] += scalar(&posterior.kl()?)?;

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use dragon_testkit::{Tol, assert_close};
 use dragon_vae::discriminator::{self, Discriminator};
-use dragon_vae::losses::MelLoss;
+use dragon_vae::losses::{Floor, MelLoss};
 use dragon_vae::stft::Stft;
 use dragon_vae::{AudioVae, Config};
 
@@ -67,6 +67,6 @@ fn magnitudes_and_mel_filters_match_the_references() {
     let audio = case["audio"].squeeze(1).unwrap();
     let magnitude = Stft::quarter(64).magnitude(&audio).unwrap();
     assert_close(&magnitude, &case["stft_magnitude"], LAYER);
-    let mel = MelLoss::new(1000, &[(64, 10)], DType::F32, &Device::Cpu).unwrap();
+    let mel = MelLoss::new(1000, &[(64, 10)], Floor::Dac, DType::F32, &Device::Cpu).unwrap();
     assert_close(&mel.log_mels(&audio).unwrap()[0], &case["log_mel"], LAYER);
 }

@@ -149,6 +149,7 @@ fn training_config(freeze_encoder: bool) -> TrainingConfig {
         n_steps: 100,
         warmup_steps: 1,
         lr: 3e-3,
+        log_floor_db: None,
         adversarial_from: Some(2),
         discriminator: discriminator::Config::tiny(),
         weights: LossWeights { kl: 1e-3, ..TrainingConfig::tiny_music().weights },

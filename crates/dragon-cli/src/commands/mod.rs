@@ -1,5 +1,6 @@
 //! The commands, one module each.
 
+mod card;
 mod data;
 mod embed;
 mod eval;
@@ -34,6 +35,8 @@ pub enum Command {
     Finetune(finetune::Args),
     /// Compare a tuned model with its base on held-out prompts, or two folders of audio
     Eval(eval::Args),
+    /// Measure a model folder on held-out music: reconstructions, generations, captions, retrieval
+    Card(card::Args),
 }
 
 impl Command {
@@ -47,6 +50,7 @@ impl Command {
             Command::Embed(args) => embed::run(args, stop),
             Command::Finetune(args) => finetune::run(args, stop),
             Command::Eval(args) => eval::run(args, stop),
+            Command::Card(args) => card::run(args, stop),
         }
     }
 }

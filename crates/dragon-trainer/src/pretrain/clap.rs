@@ -112,38 +112,47 @@ impl ClapConfig {
 /// Spectrograms and captions of one split, in memory.
 #[derive(Default)]
 struct Songs {
-    log_mel: Vec<Vec<i16>>,
+    /// Of each clip, one spectrogram a window.
+    log_mel: Vec<Vec<Vec<i16>>>,
     captions: Vec<String>,
     pieces: Vec<String>,
 }
 
 impl Songs {
-    fn push(&mut self, entry: Entry, log_mel: Vec<i16>) {
+    fn push(&mut self, entry: Entry, log_mel: Vec<Vec<i16>>) {
         self.log_mel.push(log_mel);
         self.captions.push(entry.caption);
         self.pieces.push(entry.piece);
     }
 
-    fn spectrogram(&self, i: usize) -> Vec<f32> {
-        self.log_mel[i].iter().map(|x| f32::from(*x) / STEPS_PER_DB).collect()
+    fn spectrogram(&self, i: usize, window: usize) -> Vec<f32> {
+        self.log_mel[i][window].iter().map(|x| f32::from(*x) / STEPS_PER_DB).collect()
     }
 }
 
-/// Reads a clip and computes its 16-bit log-mel spectrogram.
-fn spectrogram(
+/// Windows that a clip longer than the audio branch's is cut into, from its start to its end.
+const WINDOWS: usize = 3;
+
+/// Reads a clip and computes the 16-bit log-mel spectrograms of its windows, each peak-normalised as in the MA setting.
+fn spectrograms(
     path: &Path,
     config: &clap::Config,
     front_end: &LogMel,
-) -> std::result::Result<Vec<i16>, String> {
-    let mut clip = dragon_audio::read_mono(path, config.audio.sample_rate_hz).map_err(|e| e.to_string())?;
+) -> std::result::Result<Vec<Vec<i16>>, String> {
+    let clip = dragon_audio::read_mono(path, config.audio.sample_rate_hz).map_err(|e| e.to_string())?;
     let (found, expected) = (clip.samples.len(), config.audio.clip_samples);
     if found < expected {
         return Err(format!("`{}` has {found} samples, the audio branch reads {expected}", path.display()));
     }
-    clip.samples.truncate(expected);
-    peak_normalize(&mut clip.samples);
-    let log_mel = front_end.compute(&clip.samples).map_err(|e| format!("`{}`: {e}", path.display()))?;
-    Ok(log_mel.into_iter().map(|db| (db * STEPS_PER_DB) as i16).collect())
+    let n = if found == expected { 1 } else { WINDOWS };
+    let window = |i: usize| {
+        let start = (found - expected) * i / (n - 1).max(1);
+        let mut samples = clip.samples[start..start + expected].to_vec();
+        peak_normalize(&mut samples);
+        let log_mel = front_end.compute(&samples).map_err(|e| format!("`{}`: {e}", path.display()))?;
+        Ok(log_mel.into_iter().map(|db| (db * STEPS_PER_DB) as i16).collect())
+    };
+    (0..n).map(window).collect()
 }
 
 /// The task of [`super::run`].
@@ -174,12 +183,12 @@ impl ClapTask {
             let entries = read_manifest(manifest).map_err(Error::input(context()))?;
             let folder = manifest.parent().unwrap_or(Path::new("."));
             let entries: Vec<Entry> = entries.into_iter().filter(|e| e.split != Split::Test).collect();
-            let spectrograms: Vec<_> = entries
+            let windows: Vec<_> = entries
                 .par_iter()
-                .map(|e| spectrogram(&folder.join(&e.path), &cfg.model, &front_end))
+                .map(|e| spectrograms(&folder.join(&e.path), &cfg.model, &front_end))
                 .collect::<std::result::Result<_, String>>()
                 .map_err(Error::input(context()))?;
-            for (entry, log_mel) in entries.into_iter().zip(spectrograms) {
+            for (entry, log_mel) in entries.into_iter().zip(windows) {
                 let songs = if entry.split == Split::Train { &mut train } else { &mut valid };
                 songs.push(entry, log_mel);
             }
@@ -277,7 +286,7 @@ fn set_statistics(encoder: &ClapEncoder, songs: &Songs) -> Result<Vec<f32>> {
     let mut sums = vec![(0f64, 0f64); n_bands];
     let mut n_frames = 0;
     for log_mel in &songs.log_mel {
-        for frame in log_mel.chunks_exact(n_bands) {
+        for frame in log_mel.iter().flat_map(|window| window.chunks_exact(n_bands)) {
             for ((sum, squares), x) in sums.iter_mut().zip(frame) {
                 let db = f64::from(*x) / f64::from(STEPS_PER_DB);
                 *sum += db;
@@ -301,7 +310,10 @@ fn set_statistics(encoder: &ClapEncoder, songs: &Songs) -> Result<Vec<f32>> {
 impl Task for ClapTask {
     fn step(&mut self, step: usize, rng: &mut Rng) -> Result<Vec<(&'static str, f64)>> {
         let batch = self.draw(rng);
-        let mut rows: Vec<Vec<f32>> = batch.iter().map(|&i| self.train.spectrogram(i)).collect();
+        let mut rows: Vec<Vec<f32>> = batch
+            .iter()
+            .map(|&i| self.train.spectrogram(i, rng.below(self.train.log_mel[i].len())))
+            .collect();
         if self.cfg.augment {
             for row in &mut rows {
                 self.augment(row, rng);
@@ -337,7 +349,7 @@ impl Task for ClapTask {
         let n = self.valid.captions.len();
         let mut audio = Vec::with_capacity(n);
         for start in (0..n).step_by(16) {
-            let rows = (start..n.min(start + 16)).map(|i| self.valid.spectrogram(i)).collect();
+            let rows = (start..n.min(start + 16)).map(|i| self.valid.spectrogram(i, 0)).collect();
             audio.extend(self.averaged.model.embed_log_mel(&self.tensor(rows)?)?.detach().to_vec2::<f32>()?);
         }
         let text = self
@@ -400,7 +412,7 @@ impl Task for ClapTask {
 }
 
 /// How well clips and captions find each other: recall in [0, 1] and median rank from 1, both ways.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Retrieval {
     /// Number of pairs; by chance, recall at `k` is about `k / n` and the median rank `n / 2`.
     pub n: usize,
@@ -411,7 +423,7 @@ pub struct Retrieval {
 }
 
 /// Recall at 1, 5 and 10, and the median rank.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Recall {
     /// Share of queries whose own item comes first.
     pub at_1: f64,

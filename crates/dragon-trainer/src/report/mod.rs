@@ -44,6 +44,25 @@ pub struct Table {
     pub rows: Vec<Vec<String>>,
 }
 
+impl Table {
+    /// Head and rows for a terminal, columns aligned.
+    pub fn to_text(&self) -> String {
+        let all: Vec<&Vec<String>> = std::iter::once(&self.head).chain(&self.rows).collect();
+        let width = |c: usize| all.iter().filter_map(|row| row.get(c)).map(|cell| cell.chars().count()).max();
+        let mut out = String::new();
+        for row in &all {
+            let mut line = String::new();
+            for (c, cell) in row.iter().enumerate() {
+                let pad = " ".repeat(width(c).unwrap_or(0) - cell.chars().count());
+                line.push_str(&if c == 0 { format!("{cell}{pad}") } else { format!("  {pad}{cell}") });
+            }
+            out.push_str(line.trim_end());
+            out.push('\n');
+        }
+        out
+    }
+}
+
 /// A named curve or sample.
 #[derive(Debug, Clone, Default)]
 pub struct Series {
