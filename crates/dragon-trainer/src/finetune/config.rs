@@ -1,0 +1,166 @@
+//! What a fine-tuning depends on: [`FinetuneConfig`] and its sections.
+
+use std::path::PathBuf;
+
+use dragon_diffusion::{SamplerConfig, Weighting};
+use dragon_nn::AdamWConfig;
+use dragon_rewards::{RewardConfig, Split};
+use serde::{Deserialize, Serialize};
+
+use crate::embedder::EmbedConfig;
+use crate::error::{Error, Result};
+use crate::losses::LossConfig;
+use crate::pretrain::LoopConfig;
+
+/// Everything a fine-tuning depends on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FinetuneConfig {
+    /// Seed of the run: prompts' order, noise of generations, noise levels, condition dropout.
+    pub seed: u64,
+    /// Model folder: VAE, text encoder, the base diffusion model (which is also the reference), prompts.
+    pub bundle: PathBuf,
+    /// Prompt file; lines of split `train` are tuned on, lines of split `valid` measured during the run.
+    pub prompts: PathBuf,
+    /// How demonstrations are made.
+    pub rollout: RolloutConfig,
+    /// What is rewarded (paper 4).
+    pub reward: RewardConfig,
+    /// Encoders and settings that the reward names.
+    pub embed: EmbedConfig,
+    /// What is learned from D+ and D- (paper 3.2, A).
+    pub loss: LossConfig,
+    /// How the policy is updated.
+    pub update: UpdateConfig,
+    /// Measuring during the run.
+    pub validation: ValidationConfig,
+    /// Length and intervals.
+    pub run: LoopConfig,
+}
+
+/// How demonstrations are made (paper 3.1, appendix E).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RolloutConfig {
+    /// Generations per step; paired: two of each of half as many prompts (paper 80), unpaired: one of each prompt.
+    pub songs_per_step: usize,
+    /// Whether D+ and D- hold pairs of one prompt.
+    pub demonstrations: DemonstrationsConfig,
+    /// Probability that a generation comes from the reference model instead of the policy, drawn for each generation;
+    /// paper value unknown.
+    pub reference_probability: f64,
+    /// How latents are sampled; paper: 40 steps of a second-order DPM solver with CFG++. 10 steps train as well.
+    pub sampler: SamplerConfig,
+    /// Songs sampled at a time; bounds memory and changes no number.
+    pub batch: usize,
+}
+
+/// How D+ and D- are formed.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum DemonstrationsConfig {
+    /// Two generations of each prompt: the better one for a reward of songs, Algorithm 1 for a reward of sets.
+    Paired,
+    /// One generation of each prompt, split at a threshold; needs a reward of songs and a loss without pairs.
+    Unpaired {
+        /// The threshold; paper: the batch mean.
+        split: Split,
+    },
+}
+
+/// How the policy is updated.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UpdateConfig {
+    /// Weight of a squared error by its noise level.
+    pub weighting: Weighting,
+    /// Noise levels and noises drawn per demonstration and step: they average the loss without new generations; paper 1.
+    pub draws: usize,
+    /// Probability that a demonstration is learned without its prompt; paper 0.1.
+    pub condition_dropout: f64,
+    /// Demonstrations in memory at a time, even; changes the result by rounding only.
+    pub micro_batch: usize,
+    /// Optimiser; paper: Adam, constant learning rate, gradient clipping; values unknown.
+    pub optimizer: AdamWConfig,
+    /// Decay of the averaged weights that are exported; 0 exports the last weights (ours; the paper names none).
+    pub ema_decay: f64,
+}
+
+/// Measuring during the run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ValidationConfig {
+    /// Prompts of split `valid` to generate for; their noise is that of `generate` and `eval`.
+    pub n_prompts: usize,
+    /// How latents are sampled.
+    pub sampler: SamplerConfig,
+}
+
+impl FinetuneConfig {
+    /// Checks everything that can be checked before weights are read.
+    ///
+    /// # Errors
+    /// For the first key that cannot work.
+    pub fn check(&self) -> Result<()> {
+        self.run.check()?;
+        let rollout = &self.rollout;
+        let counts = [
+            ("rollout.songs_per_step", rollout.songs_per_step, 2),
+            ("rollout.batch", rollout.batch, 1),
+            ("rollout.sampler.n_steps", rollout.sampler.n_steps, 1),
+            ("update.draws", self.update.draws, 1),
+            ("update.micro_batch", self.update.micro_batch, 2),
+        ];
+        for (key, value, least) in counts {
+            if value < least {
+                return Err(Error::config(key, format!("at least {least}"), value));
+            }
+        }
+        for (key, value) in [
+            ("rollout.songs_per_step", rollout.songs_per_step),
+            ("update.micro_batch", self.update.micro_batch),
+        ] {
+            if !value.is_multiple_of(2) {
+                return Err(Error::config(key, "an even number", value));
+            }
+        }
+        let shares = [
+            ("rollout.reference_probability", rollout.reference_probability),
+            ("update.condition_dropout", self.update.condition_dropout),
+            ("update.ema_decay", self.update.ema_decay),
+        ];
+        for (key, value) in shares {
+            if !(0.0..=1.0).contains(&value) {
+                return Err(Error::config(key, "a number in [0, 1]", value));
+            }
+        }
+        if self.update.ema_decay == 1.0 {
+            return Err(Error::config("update.ema_decay", "a number below 1", 1.0));
+        }
+        let positive = [("update.optimizer.lr", self.update.optimizer.lr), ("loss.beta", self.loss.beta())];
+        for (key, value) in positive {
+            if !(value.is_finite() && value > 0.0) {
+                return Err(Error::config(key, "a number above 0", value));
+            }
+        }
+        rollout.sampler.guidance.check().map_err(Error::input("rollout.sampler.guidance"))?;
+        self.validation.sampler.guidance.check().map_err(Error::input("validation.sampler.guidance"))?;
+        if matches!(rollout.demonstrations, DemonstrationsConfig::Unpaired { .. }) && self.loss.needs_pairs()
+        {
+            return Err(Error::config(
+                "rollout.demonstrations.kind",
+                "paired, which this loss needs",
+                "unpaired",
+            ));
+        }
+        self.embed.check([&self.reward])
+    }
+
+    /// Prompts of a step: each gives two generations if paired, else one.
+    pub(super) fn prompts_per_step(&self) -> usize {
+        match self.rollout.demonstrations {
+            DemonstrationsConfig::Paired => self.rollout.songs_per_step / 2,
+            DemonstrationsConfig::Unpaired { .. } => self.rollout.songs_per_step,
+        }
+    }
+}

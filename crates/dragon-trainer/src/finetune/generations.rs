@@ -1,0 +1,139 @@
+//! From prompts to D+ and D- (paper 3.1): sampling, decoding, embedding, the split.
+
+use candle_core::Tensor;
+use dragon_diffusion::{Model, TextCond};
+use dragon_nn::Rng;
+use dragon_rewards::{Demonstrations, Song};
+
+use super::{DemonstrationsConfig, FinetuneTask};
+use crate::bundle;
+use crate::embedder::Batch;
+use crate::error::{Error, Result};
+use crate::rollout;
+use crate::run::RunContext;
+
+/// The songs of a step.
+pub(super) struct Generations {
+    pub latents: Tensor,
+    pub cond: TextCond,
+    pub songs: Vec<Song>,
+    pub captions: Vec<String>,
+    pub by_reference: Vec<bool>,
+    pub loudness_dbfs: f64,
+    pub centroid_hz: f64,
+}
+
+impl FinetuneTask<'_> {
+    /// Generates the songs of a step: first one of each prompt, then, if paired, a second.
+    pub(super) fn rollout(&self, step: usize, prompts: &[usize], rng: &mut Rng) -> Result<Generations> {
+        let members = match self.cfg.rollout.demonstrations {
+            DemonstrationsConfig::Paired => 2,
+            DemonstrationsConfig::Unpaired { .. } => 1,
+        };
+        let ids: Vec<usize> = (0..members).flat_map(|_| prompts.iter().copied()).collect();
+        let captions: Vec<&str> = ids.iter().map(|&i| self.train[i].caption.as_str()).collect();
+        let keys: Vec<String> = ids
+            .iter()
+            .enumerate()
+            .map(|(row, &i)| format!("rollout/{step}/{}/{}", self.train[i].id, row / prompts.len()))
+            .collect();
+        let seeded: Vec<(&str, u64)> = keys.iter().map(|key| (key.as_str(), self.cfg.seed)).collect();
+        let noise = rollout::noise(self.bundle, &seeded)?;
+        let cond = self.texts.get(self.bundle, &captions)?;
+        let by_reference: Vec<bool> =
+            ids.iter().map(|_| rng.uniform() < self.cfg.rollout.reference_probability).collect();
+        let frozen = Model::new(&self.bundle.dit_config, bundle::frozen(&self.policy, &self.bundle.device))?;
+        let mut rows: Vec<Option<Tensor>> = vec![None; ids.len()];
+        for (model, reference) in [(&frozen, false), (&self.reference, true)] {
+            let mine: Vec<usize> = (0..ids.len()).filter(|&row| by_reference[row] == reference).collect();
+            if mine.is_empty() {
+                continue;
+            }
+            let (noise, cond) = (select(&noise, &mine)?, select_cond(&cond, &mine)?);
+            let prompts: Vec<&str> = mine.iter().map(|&row| captions[row]).collect();
+            // A stop request waits for the end of the step: the step in progress is kept.
+            let quiet = RunContext { stop: Default::default(), ..self.ctx.clone() };
+            let sampler = &self.cfg.rollout.sampler;
+            let latents =
+                rollout::latents(model, &cond, &noise, sampler, self.cfg.rollout.batch, &quiet, &prompts)
+                    .map_err(|err| at_step(err, step))?
+                    .ok_or_else(|| Error::Bug("sampling stopped without being asked".into()))?;
+            for (i, row) in mine.into_iter().enumerate() {
+                rows[row] = Some(latents.narrow(0, i, 1)?);
+            }
+        }
+        let rows: Vec<Tensor> = rows.into_iter().flatten().collect();
+        let latents = Tensor::cat(&rows, 0)?;
+        let clips = self.bundle.decode(&latents)?;
+        let songs = self.embedder.songs(self.rewards.sources(), &self.batch(&latents, &clips, &captions))?;
+        let (loudness_dbfs, centroid_hz) = rollout::monitors(&clips, self.bundle.sample_rate_hz());
+        let captions = captions.into_iter().map(str::to_owned).collect();
+        Ok(Generations { latents, cond, songs, captions, by_reference, loudness_dbfs, centroid_hz })
+    }
+
+    fn batch<'b>(&'b self, latents: &'b Tensor, clips: &'b [Vec<f32>], captions: &'b [&'b str]) -> Batch<'b> {
+        Batch {
+            clips,
+            sample_rate_hz: self.bundle.sample_rate_hz(),
+            latents: Some(latents),
+            captions: Some(captions),
+            bundle: Some(self.bundle),
+        }
+    }
+
+    /// Splits the songs of a step; gives the reward's index too.
+    pub(super) fn demonstrations(
+        &mut self,
+        generations: &Generations,
+        random: u64,
+    ) -> Result<(Demonstrations, usize)> {
+        let pick = self.rewards.pick(random);
+        let songs: Vec<&Song> = generations.songs.iter().collect();
+        let refused = |err: dragon_rewards::Error| Error::input("cannot score the generations")(err);
+        let reward = self.rewards.get_mut(pick).ok_or_else(|| Error::Bug(format!("no reward {pick}")))?;
+        let (first, second) = songs.split_at(songs.len() / 2);
+        reward.observe(first, second).map_err(refused)?;
+        let made = match self.cfg.rollout.demonstrations {
+            DemonstrationsConfig::Paired => dragon_rewards::demonstrations::paired(reward, first, second),
+            DemonstrationsConfig::Unpaired { split } => {
+                dragon_rewards::demonstrations::unpaired(reward, &songs, split)
+            }
+        };
+        Ok((made.map_err(refused)?, pick))
+    }
+
+    /// Songs of the validation prompts by a model, with the noise that `generate` and `eval` use.
+    pub(super) fn valid_songs(&self, model: &Model) -> Result<Vec<Song>> {
+        let prompts = &self.valid[..self.cfg.validation.n_prompts.min(self.valid.len())];
+        let captions: Vec<&str> = prompts.iter().map(|p| p.caption.as_str()).collect();
+        let keys: Vec<(&str, u64)> = captions.iter().map(|&caption| (caption, self.cfg.seed)).collect();
+        let noise = rollout::noise(self.bundle, &keys)?;
+        let cond = self.texts.get(self.bundle, &captions)?;
+        let quiet = RunContext { stop: Default::default(), ..self.ctx.clone() };
+        let sampler = &self.cfg.validation.sampler;
+        let latents =
+            rollout::latents(model, &cond, &noise, sampler, self.cfg.rollout.batch, &quiet, &captions)?
+                .ok_or_else(|| Error::Bug("sampling stopped without being asked".into()))?;
+        let clips = self.bundle.decode(&latents)?;
+        self.embedder.songs(self.rewards.sources(), &self.batch(&latents, &clips, &captions))
+    }
+}
+
+fn at_step(err: Error, at: usize) -> Error {
+    match err {
+        Error::NotFinite { what, value, sigma, prompt, checkpoint, .. } => {
+            Error::NotFinite { what, value, step: at, sigma, prompt, checkpoint }
+        }
+        other => other,
+    }
+}
+
+/// Rows of `x` by index, `[B, …]`.
+pub(super) fn select(x: &Tensor, rows: &[usize]) -> Result<Tensor> {
+    let ids: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
+    Ok(x.index_select(&Tensor::from_vec(ids, rows.len(), x.device())?, 0)?)
+}
+
+pub(super) fn select_cond(cond: &TextCond, rows: &[usize]) -> Result<TextCond> {
+    Ok(TextCond { states: select(&cond.states, rows)?, mask: select(&cond.mask, rows)? })
+}

@@ -1,0 +1,294 @@
+//! The DRAGON loop (paper 3, appendix F): generate, score, split into D+ and D-, learn from them.
+//!
+//! A step in the order of [`FinetuneTask::step`]: prompts; two generations of each by the current policy (now and then
+//! by the reference); audio, embeddings, rewards; D+ and D-; denoising errors of policy and reference on the stored
+//! latents; loss, clipping, AdamW, EMA. Everything random follows from (run seed, step), so a resumed run is exact.
+//!
+//! Reading order: the task and its step are here; `config` says what a run depends on; `generations` makes songs and
+//! splits them into D+ and D-; `update` learns from them.
+
+mod config;
+mod generations;
+mod update;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use dragon_diffusion::Model;
+use dragon_nn::{AdamW, Ema, Params, Rng};
+use dragon_rewards::{Reward, RewardSet, RunningStats, Song};
+use serde::Serialize;
+
+pub use config::{DemonstrationsConfig, FinetuneConfig, RolloutConfig, UpdateConfig, ValidationConfig};
+
+use crate::bundle::{self, Bundle, Prompt, Split};
+use crate::embedder::Embedder;
+use crate::error::{Error, Result};
+use crate::pretrain::{self, Outcome, Task};
+use crate::rollout::TextCache;
+use crate::run::RunContext;
+
+/// Fine-tunes the base model of a model folder; the tuned model goes to `OUT/model/`.
+///
+/// # Errors
+/// If the config cannot work, a file is missing or broken, the folder is in use, or the loss stops being a number.
+pub fn run(cfg: &FinetuneConfig, ctx: &RunContext) -> Result<Outcome> {
+    cfg.check()?;
+    let train = bundle::prompts_of(&cfg.prompts, Split::Train, cfg.prompts_per_step())?;
+    let valid = match cfg.run.validate_every {
+        0 => Vec::new(),
+        _ => bundle::prompts_of(&cfg.prompts, Split::Valid, cfg.validation.n_prompts)?,
+    };
+    // The lock and the refusal to overwrite a run come before any weight is read.
+    let resolved = Resolved { base: base_sha256(&cfg.bundle)?, config: cfg };
+    let mut folder = crate::run::RunFolder::open(ctx, "finetune", &resolved)?;
+    let bundle = Bundle::load(&cfg.bundle, &ctx.device)?;
+    let embedder = Embedder::load(&cfg.embed, &cfg.reward.sources(), &bundle.device)?;
+    let rewards = embedder.reward(&cfg.reward, Some(&bundle), ctx)?;
+    let mut task = FinetuneTask::new(cfg, &bundle, &embedder, rewards, train, valid, ctx)?;
+    tracing::info!(
+        "fine-tuning {:.2} M parameters towards {}",
+        task.policy.len_params() as f64 / 1e6,
+        cfg.reward.label()
+    );
+    pretrain::run_in(&mut folder, &mut task, &cfg.run, cfg.seed, ctx)
+}
+
+/// What goes to `run.toml`: the config, and which base weights it started from.
+struct Resolved<'a> {
+    base: String,
+    config: &'a FinetuneConfig,
+}
+
+impl Serialize for Resolved<'_> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        let mut table = toml::Table::try_from(self.config).map_err(serde::ser::Error::custom)?;
+        table.insert("base_sha256".to_owned(), self.base.clone().into());
+        table.serialize(serializer)
+    }
+}
+
+fn base_sha256(bundle: &Path) -> Result<String> {
+    use sha2::{Digest, Sha256};
+    let path = bundle.join("dit/model.safetensors");
+    let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
+    Ok(crate::run::hex(&Sha256::digest(&bytes)))
+}
+
+/// Fine-tuning as a task of the common loop.
+pub struct FinetuneTask<'a> {
+    cfg: &'a FinetuneConfig,
+    bundle: &'a Bundle,
+    embedder: &'a Embedder,
+    rewards: RewardSet,
+    train: Vec<Prompt>,
+    valid: Vec<Prompt>,
+    texts: TextCache,
+    policy: Params,
+    model: Model,
+    reference: Model,
+    optimizer: AdamW,
+    ema: Option<Ema>,
+    valid_base: Option<Vec<Song>>,
+    ctx: RunContext,
+}
+
+impl<'a> FinetuneTask<'a> {
+    /// A task at the base model's weights.
+    ///
+    /// # Errors
+    /// If the loss and the reward do not fit each other, or memory for the optimiser is missing.
+    pub fn new(
+        cfg: &'a FinetuneConfig,
+        bundle: &'a Bundle,
+        embedder: &'a Embedder,
+        rewards: RewardSet,
+        train: Vec<Prompt>,
+        valid: Vec<Prompt>,
+        ctx: &RunContext,
+    ) -> Result<Self> {
+        for reward in rewards.iter() {
+            let of_sets = matches!(reward, Reward::Distribution(_));
+            if of_sets && self::needs_songs(cfg) {
+                return Err(Error::config(
+                    "reward.kind",
+                    "a reward of single songs, which this loss or `unpaired` demonstrations need",
+                    "a reward of sets",
+                ));
+            }
+        }
+        let policy = bundle.dit.deep_clone()?;
+        let model = Model::new(&bundle.dit_config, policy.builder(DType::F32, &bundle.device))?;
+        let optimizer = AdamW::new(&policy, cfg.update.optimizer.clone())?;
+        let ema = match cfg.update.ema_decay {
+            0.0 => None,
+            decay => Some(Ema::new(&policy, decay)?),
+        };
+        let reference = bundle.base_model()?;
+        let (texts, valid_base) = (TextCache::default(), None);
+        let ctx = ctx.clone();
+        Ok(Self {
+            cfg,
+            bundle,
+            embedder,
+            rewards,
+            train,
+            valid,
+            texts,
+            policy,
+            model,
+            reference,
+            optimizer,
+            ema,
+            valid_base,
+            ctx,
+        })
+    }
+
+    /// The policy's current weights.
+    pub fn policy(&self) -> &Params {
+        &self.policy
+    }
+
+    /// The weights that are exported: averaged ones, if there are any.
+    fn exported(&self) -> &Params {
+        self.ema.as_ref().map_or(&self.policy, Ema::shadow)
+    }
+
+    /// The prompts of a step: all training prompts in a new order each epoch.
+    fn prompts_at(&self, step: usize) -> Vec<usize> {
+        let (count, n) = (self.cfg.prompts_per_step(), self.train.len());
+        let mut epochs: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        let mut at = |position: usize| {
+            let order = epochs.entry(position / n).or_insert_with(|| {
+                let mut order: Vec<usize> = (0..n).collect();
+                Rng::from_key(&format!("epoch/{}", position / n), self.cfg.seed).shuffle(&mut order);
+                order
+            });
+            order[position % n]
+        };
+        (step * count..(step + 1) * count).map(&mut at).collect()
+    }
+}
+
+impl Task for FinetuneTask<'_> {
+    fn step(&mut self, step: usize, rng: &mut Rng) -> Result<Vec<(&'static str, f64)>> {
+        let prompts = self.prompts_at(step);
+        let generations = self.rollout(step, &prompts, &mut rng.fork("rollout"))?;
+        let (made, pick) = self.demonstrations(&generations, rng.fork("reward").next_u64())?;
+        let (rows, noise) = self.rows(&made, &mut rng.fork("noise"))?;
+        let update = self.update(step, &rows, &generations, &noise)?;
+        let mut log = self.log_of(&made, &rows, &update);
+        let own: Vec<usize> =
+            (0..generations.songs.len()).filter(|&i| !generations.by_reference[i]).collect();
+        let reward = match &made.scores {
+            Some(scores) if !own.is_empty() => own.iter().map(|&i| scores[i]).sum::<f64>() / own.len() as f64,
+            _ => 0.5 * (made.reward_first + made.reward_second),
+        };
+        let shared = 1.0 - own.len() as f64 / generations.songs.len() as f64;
+        log.extend([
+            ("reward", reward),
+            ("reference_share", shared),
+            ("reward_index", pick as f64),
+            ("loudness_dbfs", generations.loudness_dbfs),
+            ("centroid_hz", generations.centroid_hz),
+        ]);
+        Ok(log)
+    }
+
+    fn validate(&mut self) -> Result<Vec<(&'static str, f64)>> {
+        if self.valid.is_empty() {
+            return Ok(Vec::new());
+        }
+        if self.valid_base.is_none() {
+            self.valid_base = Some(self.valid_songs(&self.reference)?);
+        }
+        let tuned =
+            Model::new(&self.bundle.dit_config, bundle::frozen(self.exported(), &self.bundle.device))?;
+        let tuned = self.valid_songs(&tuned)?;
+        let base = self.valid_base.as_deref().unwrap_or_default();
+        let refused = |err: dragon_rewards::Error| Error::input("cannot score the validation songs")(err);
+        let (tuned, base): (Vec<&Song>, Vec<&Song>) = (tuned.iter().collect(), base.iter().collect());
+        let reward = self.rewards.get(0).ok_or_else(|| Error::Bug("no reward".into()))?;
+        let mut out = vec![
+            ("reward", reward.set_score(&tuned).map_err(refused)?),
+            ("reward_base", reward.set_score(&base).map_err(refused)?),
+        ];
+        let scores =
+            (reward.song_scores(&tuned).map_err(refused)?, reward.song_scores(&base).map_err(refused)?);
+        if let (Some(tuned), Some(base)) = scores {
+            let rate = dragon_metrics::win_rate(&tuned, &base, dragon_metrics::Better::Higher);
+            out.push(("win_rate", rate.map_err(Error::input("validation"))?.rate));
+        }
+        Ok(out)
+    }
+
+    fn state(&self) -> Result<BTreeMap<String, Tensor>> {
+        let mut state = BTreeMap::new();
+        let mut put = |prefix: &str, tensors: BTreeMap<String, Tensor>| {
+            state.extend(tensors.into_iter().map(|(name, t)| (format!("{prefix}/{name}"), t)));
+        };
+        put("policy", self.policy.tensors()?);
+        put("optimizer", self.optimizer.state()?);
+        if let Some(ema) = &self.ema {
+            put("ema", ema.shadow().tensors()?);
+        }
+        for (i, stats) in self.rewards.state().iter().enumerate() {
+            let flat: Vec<f64> = stats.iter().flat_map(|s| [s.n as f64, s.mean, s.scatter]).collect();
+            state.insert(format!("reward/{i}"), Tensor::from_vec(flat, (stats.len(), 3), &Device::Cpu)?);
+        }
+        Ok(state)
+    }
+
+    fn load_state(&mut self, state: &BTreeMap<String, Tensor>) -> Result<()> {
+        let part = |prefix: &str| -> BTreeMap<String, Tensor> {
+            let named =
+                state.iter().filter_map(|(name, t)| Some((name.strip_prefix(prefix)?.to_owned(), t.clone())));
+            named.collect()
+        };
+        const WRONG: &str = "the checkpoint does not fit this run";
+        self.policy.load_tensors(&part("policy/").into_iter().collect(), "").map_err(Error::input(WRONG))?;
+        self.optimizer.load_state(&part("optimizer/")).map_err(Error::input(WRONG))?;
+        if let Some(ema) = &self.ema {
+            ema.shadow()
+                .load_tensors(&part("ema/").into_iter().collect(), "")
+                .map_err(Error::input(WRONG))?;
+        }
+        let mut stats = Vec::with_capacity(self.rewards.len());
+        for i in 0..self.rewards.len() {
+            let rows = match state.get(&format!("reward/{i}")) {
+                Some(tensor) if tensor.elem_count() > 0 => tensor.to_vec2::<f64>()?,
+                _ => Vec::new(),
+            };
+            let one = |row: Vec<f64>| RunningStats { n: row[0] as u64, mean: row[1], scatter: row[2] };
+            stats.push(rows.into_iter().map(one).collect());
+        }
+        self.rewards.load_state(&stats).map_err(Error::input(WRONG))
+    }
+
+    fn export(&self, dir: &Path) -> Result<()> {
+        bundle::save_dit(dir, &self.bundle.dit_config, self.exported())
+    }
+
+    fn headline(&self) -> &'static [&'static str] {
+        &[
+            "loss",
+            "reward",
+            "valid/reward",
+            "valid/win_rate",
+            "beta_gap_q50",
+            "implicit_accuracy",
+            "grad_norm",
+        ]
+    }
+
+    fn throughput(&self) -> (f64, &'static str) {
+        (self.cfg.rollout.songs_per_step as f64, "songs")
+    }
+}
+
+fn needs_songs(cfg: &FinetuneConfig) -> bool {
+    cfg.loss.needs_song_rewards()
+        || matches!(cfg.rollout.demonstrations, DemonstrationsConfig::Unpaired { .. })
+}
