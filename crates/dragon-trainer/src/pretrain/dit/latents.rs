@@ -1,0 +1,158 @@
+//! Clips as latents, encoded once and kept in a cache.
+//!
+//! A part of the cache is a file of [`SHARD_CLIPS`] clips' latents, named by a hash of the VAE's two files, the number of
+//! frames and the clips' names, so trainings that differ in the DiT only share it. Audio that changes under the same name
+//! is not noticed.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use dragon_data::manifest::Entry;
+use dragon_nn::write_safetensors;
+use dragon_vae::AudioVae;
+use sha2::{Digest, Sha256};
+
+use super::DataConfig;
+use crate::error::{Error, Result};
+use crate::run::{RunContext, hex};
+
+/// Latents with captions.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LatentSet {
+    /// `[N, C, T]`, row by row; unit variance per channel.
+    pub latents: Vec<f32>,
+    /// Channels `C`.
+    pub channels: usize,
+    /// Frames `T`.
+    pub n_frames: usize,
+    /// `N` captions.
+    pub captions: Vec<String>,
+}
+
+impl LatentSet {
+    /// Number of clips.
+    pub fn len(&self) -> usize {
+        self.captions.len()
+    }
+
+    /// Whether there is no clip.
+    pub fn is_empty(&self) -> bool {
+        self.captions.is_empty()
+    }
+
+    /// The clips at `rows`, `[B, C, T]`.
+    pub(super) fn batch(&self, rows: &[usize], device: &Device) -> Result<Tensor> {
+        let size = self.channels * self.n_frames;
+        let values: Vec<f32> =
+            rows.iter().flat_map(|&i| self.latents[i * size..(i + 1) * size].to_vec()).collect();
+        Ok(Tensor::from_vec(values, (rows.len(), self.channels, self.n_frames), device)?)
+    }
+}
+
+/// Clips encoded and stored at a time.
+const SHARD_CLIPS: usize = 128;
+/// Clips encoded in one call.
+const ENCODE_CLIPS: usize = 8;
+
+/// The normalised latents (means) of clips, from the cache where they are there.
+///
+/// # Errors
+/// If the VAE or a clip cannot be read, a clip is too short, the cache cannot be written, or `ctx` is asked to stop.
+pub fn latents(cfg: &DataConfig, entries: &[&Entry], device: &Device, ctx: &RunContext) -> Result<LatentSet> {
+    let vae = AudioVae::load(&cfg.vae, DType::F32, device).map_err(Error::input("cannot load the VAE"))?;
+    let vae_config = vae.config().clone();
+    if vae_config.latent_mean.is_empty() {
+        return Err(Error::Content {
+            path: cfg.vae.join("config.json"),
+            problem: "has no latent statistics".into(),
+            hint: "`dragon pretrain vae` measures them at its end".into(),
+        });
+    }
+    let mut vae_hash = Sha256::new();
+    for file in ["config.json", "model.safetensors"] {
+        let path = cfg.vae.join(file);
+        vae_hash.update(std::fs::read(&path).map_err(Error::io("read", &path))?);
+    }
+    let vae_hash = hex(&vae_hash.finalize());
+    std::fs::create_dir_all(&cfg.cache).map_err(Error::io("create", &cfg.cache))?;
+    let folder = cfg.manifest.parent().unwrap_or(Path::new("."));
+    let mut all = Vec::new();
+    let n_shards = entries.len().div_ceil(SHARD_CLIPS);
+    let mut n_encoded = 0;
+    for (shard, clips) in entries.chunks(SHARD_CLIPS).enumerate() {
+        if ctx.stopped() {
+            return Err(Error::Data {
+                problem: format!("stopped after encoding {shard} of {n_shards} parts of the clips"),
+                hint: "what is encoded is kept; start again to go on".into(),
+            });
+        }
+        let mut key = Sha256::new();
+        key.update(format!("{vae_hash} {}", cfg.n_frames));
+        for clip in clips {
+            key.update(format!("\n{} {} {}", clip.id, clip.path, clip.start_s));
+        }
+        let path = cfg.cache.join(format!("latents-{}.safetensors", &hex(&key.finalize())[..24]));
+        if !path.exists() {
+            let tensor = encode_clips(&vae, folder, cfg.n_frames, clips, device)?;
+            write_safetensors(&path, &BTreeMap::from([("latents".to_owned(), tensor)]), &BTreeMap::new())
+                .map_err(Error::input(format!("cannot write `{}`", path.display())))?;
+            n_encoded += clips.len();
+            tracing::info!("encoded part {} of {n_shards} of the clips", shard + 1);
+        }
+        let tensor = candle_core::safetensors::load(&path, &Device::Cpu)
+            .ok()
+            .and_then(|mut file| file.remove("latents"))
+            .filter(|t| t.dims() == [clips.len(), vae_config.latent_dim, cfg.n_frames])
+            .ok_or_else(|| Error::Content {
+                path: path.clone(),
+                problem: "is not a part of the latent cache".into(),
+                hint: "remove the file; it will be made again".into(),
+            })?;
+        all.extend(tensor.flatten_all()?.to_vec1::<f32>()?);
+    }
+    tracing::info!("{} clips, {n_encoded} of them encoded now", entries.len());
+    Ok(LatentSet {
+        latents: all,
+        channels: vae_config.latent_dim,
+        n_frames: cfg.n_frames,
+        captions: entries.iter().map(|e| e.caption.clone()).collect(),
+    })
+}
+
+fn encode_clips(
+    vae: &AudioVae,
+    folder: &Path,
+    n_frames: usize,
+    clips: &[&Entry],
+    device: &Device,
+) -> Result<Tensor> {
+    let config = vae.config();
+    let n_samples = n_frames * config.hop();
+    let mut parts = Vec::new();
+    for group in clips.chunks(ENCODE_CLIPS) {
+        let mut samples = Vec::with_capacity(group.len() * n_samples);
+        for clip in group {
+            let path = folder.join(&clip.path);
+            let audio = dragon_audio::read_mono(&path, config.sample_rate_hz)
+                .map_err(Error::input(format!("cannot use clip `{}`", clip.id)))?;
+            if audio.samples.len() < n_samples {
+                return Err(Error::Data {
+                    problem: format!(
+                        "clip `{}` has {} samples at {} Hz, {n_samples} are needed for {n_frames} latent frames",
+                        clip.id,
+                        audio.samples.len(),
+                        config.sample_rate_hz
+                    ),
+                    hint: "lower `data.n_frames`, or take the clip out of the manifest".into(),
+                });
+            }
+            for _ in 0..config.audio_channels {
+                samples.extend_from_slice(&audio.samples[..n_samples]);
+            }
+        }
+        let audio = Tensor::from_vec(samples, (group.len(), config.audio_channels, n_samples), device)?;
+        parts.push(vae.encode_normalized(&audio)?.detach().to_device(&Device::Cpu)?);
+    }
+    Ok(Tensor::cat(&parts, 0)?)
+}
