@@ -313,20 +313,7 @@ fn compare(prefix: &str, old: &toml::Table, new: &toml::Table, out: &mut Vec<Str
 /// # Errors
 /// If it cannot be written; then an older file of that name is unchanged.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".tmp");
-    let temporary = path.with_file_name(name);
-    let written = (|| {
-        let mut file = File::create(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        drop(file);
-        fs::rename(&temporary, path)
-    })();
-    written.map_err(|err| {
-        let _ = fs::remove_file(&temporary); // the error that counts is the first one
-        Error::io("write", path)(err)
-    })
+    dragon_nn::write_atomically(path, bytes).map_err(Error::io("write", path))
 }
 
 /// Shows how far the work is, with rate and remaining time.
