@@ -18,8 +18,8 @@ use serde_json::{Map, Value, json};
 use crate::clips::{self, CLIP_S, CLIP_SAMPLES, Refusal, SAMPLE_RATE_HZ};
 use crate::error::{Error, Result};
 use crate::manifest::{CaptionSource, Corpus, Entry, parse_csv, read_text, split_of, write_manifest};
-use crate::render::slug;
 use crate::rng::hash64;
+use crate::store::slug;
 
 /// File endings that are taken for audio in a folder.
 const AUDIO: [&str; 10] = ["wav", "flac", "ogg", "oga", "mp3", "aif", "aiff", "m4a", "mp4", "opus"];

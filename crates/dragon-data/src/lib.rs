@@ -7,6 +7,7 @@
 //!   [`caption`]: an arrangement in words; [`render`]: all of it to clips (corpus "scores");
 //! - [`fetch`]: packages of recorded music to clips (corpus "recordings"), and the inputs that `render` needs;
 //! - [`import`]: a folder, JSONL or CSV of the user's own audio and captions;
+//! - `store`: output folders that can be gone on with;
 //! - [`rng`]: the seeded choices; [`error`]: what can go wrong.
 
 pub mod abc;
@@ -19,6 +20,7 @@ pub mod import;
 pub mod manifest;
 pub mod render;
 pub mod rng;
+mod store;
 
 pub use error::{Error, Result};
 pub use manifest::{CaptionSource, Corpus, Entry, Split, read_manifest, split_of, write_manifest};
