@@ -16,6 +16,10 @@
 
 mod lanes;
 mod network;
+mod norm;
+mod rows;
+mod temporal;
+mod timbral;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
