@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bundle::{self, Bundle};
 use crate::error::{Error, Result};
-use crate::rollout::{self, TextCache};
+use crate::rollout::{Sampling, TextCache};
 use crate::run::{Meter, RunContext};
 
 /// Everything a generation depends on.
@@ -56,17 +56,14 @@ pub fn run(cfg: &GenerateConfig, ctx: &RunContext) -> Result<Vec<PathBuf>> {
         .flat_map(|prompt| (0..cfg.variants as u64).map(move |v| (prompt.as_str(), cfg.seed.wrapping_add(v))))
         .collect();
     let texts = TextCache::default();
+    let sampling = Sampling { bundle: &bundle, texts: &texts, sampler: &cfg.sampler, batch: cfg.batch };
     let mut meter = Meter::new(ctx.progress, jobs.len(), 0, 1.0, "songs");
     let mut files = Vec::with_capacity(jobs.len());
     for part in jobs.chunks(cfg.batch) {
-        let prompts: Vec<&str> = part.iter().map(|job| job.0).collect();
-        let noise = rollout::noise(&bundle, part)?;
-        let cond = texts.get(&bundle, &prompts)?;
-        let Some(latents) = rollout::latents(&model, &cond, &noise, &cfg.sampler, cfg.batch, ctx, &prompts)?
-        else {
+        let Some(songs) = sampling.songs(&model, part, ctx)? else {
             break; // stopped: what is written so far is whole
         };
-        for (samples, prompt) in bundle.decode(&latents)?.into_iter().zip(prompts) {
+        for (samples, (prompt, _)) in songs.clips.into_iter().zip(part) {
             let path = ctx.out_dir.join(format!("{:03}-{}.wav", files.len(), slug(prompt)));
             let clip = Clip { samples, sample_rate_hz: bundle.sample_rate_hz() };
             dragon_audio::write_wav(&path, &clip, SampleFormat::Int16)

@@ -49,6 +49,43 @@ pub fn noise(bundle: &Bundle, keys: &[(&str, u64)]) -> Result<Tensor> {
     Ok(prompts_noise(keys, channels, frames)?.to_device(&bundle.device)?)
 }
 
+/// What it takes to generate songs of prompts, besides a model.
+pub struct Sampling<'a> {
+    /// Text encoder, VAE and sizes.
+    pub bundle: &'a Bundle,
+    /// States of the prompts seen before.
+    pub texts: &'a TextCache,
+    /// How latents are sampled.
+    pub sampler: &'a SamplerConfig,
+    /// Songs sampled at a time; bounds memory and changes no number.
+    pub batch: usize,
+}
+
+/// Generated songs.
+pub struct Songs {
+    /// Normalised latents `[B, C, T]`.
+    pub latents: Tensor,
+    /// `B` clips, nominally in [-1, 1].
+    pub clips: Vec<Vec<f32>>,
+}
+
+impl Sampling<'_> {
+    /// A song of each `(prompt, seed)`, from the noise that belongs to the two; `None` if `ctx.stop` was set meanwhile.
+    ///
+    /// # Errors
+    /// If there is no prompt or one is empty, and as [`latents`].
+    pub fn songs(&self, model: &Model, prompts: &[(&str, u64)], ctx: &RunContext) -> Result<Option<Songs>> {
+        let captions: Vec<&str> = prompts.iter().map(|prompt| prompt.0).collect();
+        let noise = noise(self.bundle, prompts)?;
+        let cond = self.texts.get(self.bundle, &captions)?;
+        let Some(latents) = latents(model, &cond, &noise, self.sampler, self.batch, ctx, &captions)? else {
+            return Ok(None);
+        };
+        let clips = self.bundle.decode(&latents)?;
+        Ok(Some(Songs { latents, clips }))
+    }
+}
+
 /// Samples latents `[B, C, T]`, at most `batch` at a time; `None` if `ctx.stop` was set meanwhile. A row does not
 /// depend on its batch.
 ///

@@ -9,7 +9,7 @@ use super::{DemonstrationsConfig, FinetuneTask};
 use crate::bundle;
 use crate::embedder::Batch;
 use crate::error::{Error, Result};
-use crate::rollout;
+use crate::rollout::{self, Sampling};
 use crate::run::RunContext;
 
 /// The songs of a step.
@@ -51,13 +51,12 @@ impl FinetuneTask<'_> {
             }
             let (noise, cond) = (select(&noise, &mine)?, select_cond(&cond, &mine)?);
             let prompts: Vec<&str> = mine.iter().map(|&row| captions[row]).collect();
-            // A stop request waits for the end of the step: the step in progress is kept.
-            let quiet = RunContext { stop: Default::default(), ..self.ctx.clone() };
+            let ctx = self.unstoppable();
             let sampler = &self.cfg.rollout.sampler;
             let latents =
-                rollout::latents(model, &cond, &noise, sampler, self.cfg.rollout.batch, &quiet, &prompts)
+                rollout::latents(model, &cond, &noise, sampler, self.cfg.rollout.batch, &ctx, &prompts)
                     .map_err(|err| at_step(err, step))?
-                    .ok_or_else(|| Error::Bug("sampling stopped without being asked".into()))?;
+                    .ok_or_else(not_asked_to_stop)?;
             for (i, row) in mine.into_iter().enumerate() {
                 rows[row] = Some(latents.narrow(0, i, 1)?);
             }
@@ -69,6 +68,11 @@ impl FinetuneTask<'_> {
         let (loudness_dbfs, centroid_hz) = rollout::monitors(&clips, self.bundle.sample_rate_hz());
         let captions = captions.into_iter().map(str::to_owned).collect();
         Ok(Generations { latents, cond, songs, captions, by_reference, loudness_dbfs, centroid_hz })
+    }
+
+    /// A stop request waits for the end of the step: the step in progress is kept.
+    fn unstoppable(&self) -> RunContext {
+        RunContext { stop: Default::default(), ..self.ctx.clone() }
     }
 
     fn batch<'b>(&'b self, latents: &'b Tensor, clips: &'b [Vec<f32>], captions: &'b [&'b str]) -> Batch<'b> {
@@ -107,16 +111,19 @@ impl FinetuneTask<'_> {
         let prompts = &self.valid[..self.cfg.validation.n_prompts.min(self.valid.len())];
         let captions: Vec<&str> = prompts.iter().map(|p| p.caption.as_str()).collect();
         let keys: Vec<(&str, u64)> = captions.iter().map(|&caption| (caption, self.cfg.seed)).collect();
-        let noise = rollout::noise(self.bundle, &keys)?;
-        let cond = self.texts.get(self.bundle, &captions)?;
-        let quiet = RunContext { stop: Default::default(), ..self.ctx.clone() };
-        let sampler = &self.cfg.validation.sampler;
-        let latents =
-            rollout::latents(model, &cond, &noise, sampler, self.cfg.rollout.batch, &quiet, &captions)?
-                .ok_or_else(|| Error::Bug("sampling stopped without being asked".into()))?;
-        let clips = self.bundle.decode(&latents)?;
-        self.embedder.songs(self.rewards.sources(), &self.batch(&latents, &clips, &captions))
+        let sampling = Sampling {
+            bundle: self.bundle,
+            texts: &self.texts,
+            sampler: &self.cfg.validation.sampler,
+            batch: self.cfg.rollout.batch,
+        };
+        let made = sampling.songs(model, &keys, &self.unstoppable())?.ok_or_else(not_asked_to_stop)?;
+        self.embedder.songs(self.rewards.sources(), &self.batch(&made.latents, &made.clips, &captions))
     }
+}
+
+fn not_asked_to_stop() -> Error {
+    Error::Bug("sampling stopped without being asked".into())
 }
 
 fn at_step(err: Error, at: usize) -> Error {
