@@ -1,15 +1,12 @@
 //! Files: every format that is read, real music, and what is said about files that cannot be used.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use dragon_audio::{
     Audio, Clip, Error, SampleFormat, peak, read, read_duration_s, read_mono, read_tags, rms_dbfs, write_wav,
 };
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name)
-}
+use dragon_testkit::fixture;
 
 /// Level of one frequency in `samples`: amplitude of the best-fitting sine.
 fn level_at(samples: &[f32], hz: f64, rate: u32) -> f64 {

@@ -7,7 +7,7 @@ use dragon_audio::{
 use dragon_testkit::{Golden, Tol, assert_slices_close};
 
 fn golden() -> Golden {
-    Golden::read(concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/dragon-audio/mel/case.safetensors"))
+    Golden::fixture("dragon-audio/mel/case.safetensors")
 }
 
 fn values(golden: &Golden, name: &str) -> Vec<f64> {

@@ -491,10 +491,7 @@ mod tests {
     }
 
     fn golden(name: &str) -> Golden {
-        Golden::read(format!(
-            "{}/../../fixtures/dragon-diffusion/dit/{name}.safetensors",
-            env!("CARGO_MANIFEST_DIR")
-        ))
+        Golden::fixture(format!("dragon-diffusion/dit/{name}.safetensors"))
     }
 
     #[test]

@@ -305,10 +305,7 @@ mod tests {
                 &self.0 + ((x - &self.0)? / (sigma * sigma))?.tanh()?
             }
         }
-        let golden = Golden::read(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/../../fixtures/dragon-diffusion/solvers/solvers.safetensors"
-        ));
+        let golden = Golden::fixture("dragon-diffusion/solvers/solvers.safetensors");
         let edm = Edm { sigma_min: 0.02, sigma_max: 10.0, ..Edm::default() };
         let sigmas = edm.schedule(12);
         let want_sigmas = golden.get("sigmas");

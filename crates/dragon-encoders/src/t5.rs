@@ -296,8 +296,7 @@ mod tests {
     use dragon_testkit::{Golden, Tol, assert_close};
 
     fn golden(name: &str, feed_forward_proj: FeedForwardKind) {
-        let root = env!("CARGO_MANIFEST_DIR");
-        let golden = Golden::read(format!("{root}/../../fixtures/dragon-encoders/t5/{name}.safetensors"));
+        let golden = Golden::fixture(format!("dragon-encoders/t5/{name}.safetensors"));
         let config = Config {
             vocab_size: 60,
             d_model: 24,

@@ -103,6 +103,11 @@ fn unravel(mut i: usize, dims: &[usize]) -> Vec<usize> {
     index
 }
 
+/// A file or folder below `fixtures/`.
+pub fn fixture(name: impl AsRef<Path>) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name)
+}
+
 /// A golden file: tensors by name, made by the generator that lies beside it.
 pub struct Golden {
     path: PathBuf,
@@ -110,6 +115,15 @@ pub struct Golden {
 }
 
 impl Golden {
+    /// Reads `fixtures/NAME` onto the CPU.
+    ///
+    /// # Panics
+    /// As [`Golden::read`].
+    #[track_caller]
+    pub fn fixture(name: impl AsRef<Path>) -> Golden {
+        Golden::read(fixture(name))
+    }
+
     /// Reads a safetensors file onto the CPU.
     ///
     /// # Panics

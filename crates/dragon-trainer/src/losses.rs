@@ -244,11 +244,11 @@ fn pairs(errors: &Errors) -> Result<(Errors, Errors)> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashMap;
     use std::f64::consts::LN_2;
 
     use candle_core::{DType, Device, Var};
     use dragon_diffusion::{Edm, Weighting, denoising_errors};
+    use dragon_testkit::Golden;
 
     use super::*;
 
@@ -377,12 +377,10 @@ mod tests {
 
     #[test]
     fn losses_match_pytorch() {
-        let path =
-            concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/dragon-trainer/losses/case.safetensors");
-        let case: HashMap<String, Tensor> = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
-        let var = Var::from_tensor(&case["policy"]).unwrap();
-        let e = Errors { policy: var.as_tensor().clone(), reference: case["reference"].clone() };
-        let vec = |name: &str| case[name].to_vec1::<f64>().unwrap();
+        let case = Golden::fixture("dragon-trainer/losses/case.safetensors");
+        let var = Var::from_tensor(&case.get("policy")).unwrap();
+        let e = Errors { policy: var.as_tensor().clone(), reference: case.get("reference") };
+        let vec = |name: &str| case.get(name).to_vec1::<f64>().unwrap();
         let labels = Labels { signs: vec("signs"), advantages: vec("advantages") };
         let gaps = e.gap().unwrap().to_vec1::<f64>().unwrap();
         let baseline = kto_baseline(&gaps);
@@ -408,7 +406,7 @@ mod tests {
         let sigmas = vec("sigmas");
         let edm = Edm { sigma_data: 0.5, ..Edm::default() };
         let weighted =
-            denoising_errors(&edm, Weighting::Edm, &case["denoised"], &case["x0"], &sigmas).unwrap();
+            denoising_errors(&edm, Weighting::Edm, &case.get("denoised"), &case.get("x0"), &sigmas).unwrap();
         for (g, w) in weighted.to_vec1::<f32>().unwrap().iter().zip(vec("edm_errors")) {
             assert!((*g as f64 - w).abs() < 1e-5 * (1.0 + w), "{g} and {w}");
         }

@@ -9,8 +9,7 @@ use dragon_testkit::{Golden, Tol, assert_close};
 const TOL: Tol = Tol { atol: 1e-4, rtol: 1e-3 }; // a tiny model end to end
 
 fn golden() -> (Golden, Clap) {
-    let root = env!("CARGO_MANIFEST_DIR");
-    let golden = Golden::read(format!("{root}/../../fixtures/dragon-encoders/clap/tiny.safetensors"));
+    let golden = Golden::fixture("dragon-encoders/clap/tiny.safetensors");
     let params = Params::new(0);
     let model = Clap::new(&Config::tiny(), params.builder(DType::F32, &Device::Cpu)).unwrap();
     params.load_tensors(&golden.with_prefix("weights."), "").unwrap();

@@ -1,10 +1,6 @@
 use super::*;
 use crate::settings::Tail;
-use dragon_testkit::{Golden, Tol, assert_slices_close};
-
-fn fixture(path: &str) -> std::path::PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(path)
-}
+use dragon_testkit::{Golden, Tol, assert_slices_close, fixture};
 
 fn model(weights: &str) -> Musicnn {
     Musicnn::load(fixture(&format!("musicnn/{weights}_musicnn.safetensors"))).unwrap()
