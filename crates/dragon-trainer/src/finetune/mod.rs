@@ -158,17 +158,7 @@ impl<'a> FinetuneTask<'a> {
 
     /// The prompts of a step: all training prompts in a new order each epoch.
     fn prompts_at(&self, step: usize) -> Vec<usize> {
-        let (count, n) = (self.cfg.prompts_per_step(), self.train.len());
-        let mut epochs: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
-        let mut at = |position: usize| {
-            let order = epochs.entry(position / n).or_insert_with(|| {
-                let mut order: Vec<usize> = (0..n).collect();
-                Rng::from_key(&format!("epoch/{}", position / n), self.cfg.seed).shuffle(&mut order);
-                order
-            });
-            order[position % n]
-        };
-        (step * count..(step + 1) * count).map(&mut at).collect()
+        pretrain::items_of_step(step, self.cfg.prompts_per_step(), self.train.len(), self.cfg.seed)
     }
 }
 
@@ -226,13 +216,10 @@ impl Task for FinetuneTask<'_> {
 
     fn state(&self) -> Result<BTreeMap<String, Tensor>> {
         let mut state = BTreeMap::new();
-        let mut put = |prefix: &str, tensors: BTreeMap<String, Tensor>| {
-            state.extend(tensors.into_iter().map(|(name, t)| (format!("{prefix}/{name}"), t)));
-        };
-        put("policy", self.policy.tensors()?);
-        put("optimizer", self.optimizer.state()?);
+        pretrain::put(&mut state, "policy/", self.policy.tensors()?);
+        pretrain::put(&mut state, "optimizer/", self.optimizer.state()?);
         if let Some(ema) = &self.ema {
-            put("ema", ema.shadow().tensors()?);
+            pretrain::put(&mut state, "ema/", ema.shadow().tensors()?);
         }
         for (i, stats) in self.rewards.state().iter().enumerate() {
             let flat: Vec<f64> = stats.iter().flat_map(|s| [s.n as f64, s.mean, s.scatter]).collect();
@@ -242,18 +229,11 @@ impl Task for FinetuneTask<'_> {
     }
 
     fn load_state(&mut self, state: &BTreeMap<String, Tensor>) -> Result<()> {
-        let part = |prefix: &str| -> BTreeMap<String, Tensor> {
-            let named =
-                state.iter().filter_map(|(name, t)| Some((name.strip_prefix(prefix)?.to_owned(), t.clone())));
-            named.collect()
-        };
         const WRONG: &str = "the checkpoint does not fit this run";
-        self.policy.load_tensors(&part("policy/").into_iter().collect(), "").map_err(Error::input(WRONG))?;
-        self.optimizer.load_state(&part("optimizer/")).map_err(Error::input(WRONG))?;
+        self.policy.load_tensors(&pretrain::take(state, "policy/"), "").map_err(Error::input(WRONG))?;
+        self.optimizer.load_state(&pretrain::take(state, "optimizer/")).map_err(Error::input(WRONG))?;
         if let Some(ema) = &self.ema {
-            ema.shadow()
-                .load_tensors(&part("ema/").into_iter().collect(), "")
-                .map_err(Error::input(WRONG))?;
+            ema.shadow().load_tensors(&pretrain::take(state, "ema/"), "").map_err(Error::input(WRONG))?;
         }
         let mut stats = Vec::with_capacity(self.rewards.len());
         for i in 0..self.rewards.len() {

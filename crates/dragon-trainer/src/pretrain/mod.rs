@@ -65,6 +65,31 @@ pub trait Task {
     }
 }
 
+/// The items of a step among `n`: each epoch goes through all of them once, in an order keyed by seed and epoch.
+pub(crate) fn items_of_step(step: usize, per_step: usize, n: usize, seed: u64) -> Vec<usize> {
+    let mut epochs: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+    let mut at = |position: usize| {
+        let order = epochs.entry(position / n).or_insert_with(|| {
+            let mut order: Vec<usize> = (0..n).collect();
+            Rng::from_key(&format!("epoch/{}", position / n), seed).shuffle(&mut order);
+            order
+        });
+        order[position % n]
+    };
+    (step * per_step..(step + 1) * per_step).map(&mut at).collect()
+}
+
+/// Puts tensors into a state, each name after `prefix`.
+pub(crate) fn put(state: &mut BTreeMap<String, Tensor>, prefix: &str, tensors: BTreeMap<String, Tensor>) {
+    state.extend(tensors.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor)));
+}
+
+/// What [`put`] has put there.
+pub(crate) fn take<C: FromIterator<(String, Tensor)>>(state: &BTreeMap<String, Tensor>, prefix: &str) -> C {
+    let named = state.iter().filter_map(|(name, t)| Some((name.strip_prefix(prefix)?.to_owned(), t.clone())));
+    named.collect()
+}
+
 /// Length and intervals of a training. These may change when a run continues.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -16,7 +16,7 @@ mod latents;
 mod tests;
 mod validation;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
@@ -92,8 +92,6 @@ pub struct DitTask {
     optimizer: AdamW,
     average: Params,
     averaged: Networks,
-    /// Epoch and its order of the training clips.
-    order: (usize, Vec<usize>),
 }
 
 impl DitTask {
@@ -141,7 +139,6 @@ impl DitTask {
             train_captions: Captions::new(&tokenizer, &train.captions, cfg.data.max_tokens)?,
             valid_captions: Captions::new(&tokenizer, &valid.captions, cfg.data.max_tokens)?,
             device: device.clone(),
-            order: (usize::MAX, Vec::new()),
             cfg,
             tokenizer,
             train,
@@ -160,19 +157,8 @@ impl DitTask {
     }
 
     /// The clips of a step: each epoch goes through all of them once, in an order keyed by seed and epoch.
-    fn rows(&mut self, step: usize) -> Vec<usize> {
-        let n = self.train.len();
-        let batch = self.cfg.train.batch;
-        (step * batch..(step + 1) * batch)
-            .map(|i| {
-                if self.order.0 != i / n {
-                    let mut order: Vec<usize> = (0..n).collect();
-                    Rng::from_key(&format!("epoch/{}", i / n), self.cfg.seed).shuffle(&mut order);
-                    self.order = (i / n, order);
-                }
-                self.order.1[i % n]
-            })
-            .collect()
+    fn rows(&self, step: usize) -> Vec<usize> {
+        super::items_of_step(step, self.cfg.train.batch, self.train.len(), self.cfg.seed)
     }
 
     fn lr(&self, step: usize) -> f64 {
@@ -243,26 +229,17 @@ impl Task for DitTask {
 
     fn state(&self) -> Result<BTreeMap<String, Tensor>> {
         let mut state = BTreeMap::new();
-        for (prefix, tensors) in [
-            ("params.", self.params.tensors()?),
-            ("average.", self.average.tensors()?),
-            ("optimizer.", self.optimizer.state()?),
-        ] {
-            state.extend(tensors.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor)));
-        }
+        super::put(&mut state, "params.", self.params.tensors()?);
+        super::put(&mut state, "average.", self.average.tensors()?);
+        super::put(&mut state, "optimizer.", self.optimizer.state()?);
         Ok(state)
     }
 
     fn load_state(&mut self, state: &BTreeMap<String, Tensor>) -> Result<()> {
-        let tensors: HashMap<String, Tensor> = state.clone().into_iter().collect();
-        let bad = || "the checkpoint does not fit this config";
-        self.params.load_tensors(&tensors, "params.").map_err(Error::input(bad()))?;
-        self.average.load_tensors(&tensors, "average.").map_err(Error::input(bad()))?;
-        let moments = state
-            .iter()
-            .filter_map(|(name, t)| Some((name.strip_prefix("optimizer.")?.to_owned(), t.clone())))
-            .collect();
-        self.optimizer.load_state(&moments).map_err(Error::input(bad()))
+        const WRONG: &str = "the checkpoint does not fit this config";
+        self.params.load_tensors(&super::take(state, "params."), "").map_err(Error::input(WRONG))?;
+        self.average.load_tensors(&super::take(state, "average."), "").map_err(Error::input(WRONG))?;
+        self.optimizer.load_state(&super::take(state, "optimizer.")).map_err(Error::input(WRONG))
     }
 
     fn export(&self, dir: &Path) -> Result<()> {
@@ -275,12 +252,7 @@ impl Task for DitTask {
         for part in ["dit", "t5"] {
             let folder = dir.join(part);
             std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
-            let weights: BTreeMap<String, Tensor> = average
-                .iter()
-                .filter_map(|(name, t)| {
-                    Some((name.strip_prefix(part)?.strip_prefix('.')?.to_owned(), t.clone()))
-                })
-                .collect();
+            let weights: BTreeMap<String, Tensor> = super::take(&average, &format!("{part}."));
             let path = folder.join("model.safetensors");
             write_safetensors(&path, &weights, &BTreeMap::new())
                 .map_err(Error::input(format!("cannot write `{}`", path.display())))?;

@@ -109,7 +109,7 @@ fn the_export_holds_the_average_and_loads_again() {
 
 #[test]
 fn an_epoch_shows_every_clip_once() {
-    let mut task = task();
+    let task = task();
     let mut seen: Vec<usize> = (0..4).flat_map(|step| task.rows(step)).collect();
     let next: Vec<usize> = (4..8).flat_map(|step| task.rows(step)).collect();
     assert_ne!(seen, next);
