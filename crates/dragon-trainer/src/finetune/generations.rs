@@ -1,5 +1,7 @@
 //! From prompts to D+ and D- (paper 3.1): sampling, decoding, embedding, the split.
 
+use std::collections::HashMap;
+
 use candle_core::Tensor;
 use dragon_diffusion::{Model, TextCond};
 use dragon_nn::Rng;
@@ -32,11 +34,7 @@ impl FinetuneTask<'_> {
         };
         let ids: Vec<usize> = (0..members).flat_map(|_| prompts.iter().copied()).collect();
         let captions: Vec<&str> = ids.iter().map(|&i| self.train[i].caption.as_str()).collect();
-        let keys: Vec<String> = ids
-            .iter()
-            .enumerate()
-            .map(|(row, &i)| format!("rollout/{step}/{}/{}", self.train[i].id, row / prompts.len()))
-            .collect();
+        let keys = noise_keys(step, ids.iter().map(|&i| self.train[i].id.as_str()));
         let seeded: Vec<(&str, u64)> = keys.iter().map(|key| (key.as_str(), self.cfg.seed)).collect();
         let noise = rollout::noise(self.bundle, &seeded)?;
         let cond = self.texts.get(self.bundle, &captions)?;
@@ -122,6 +120,18 @@ impl FinetuneTask<'_> {
     }
 }
 
+/// What the noise of each generation follows from: the step, the prompt, and how often the prompt came before in this
+/// step. Besides the two of a pair that happens where a step ends one epoch and begins the next.
+fn noise_keys<'a>(step: usize, prompts: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let mut seen: HashMap<&str, usize> = HashMap::new();
+    let key = |id| {
+        let n = seen.entry(id).or_default();
+        *n += 1;
+        format!("rollout/{step}/{id}/{}", *n - 1)
+    };
+    prompts.map(key).collect()
+}
+
 fn not_asked_to_stop() -> Error {
     Error::Bug("sampling stopped without being asked".into())
 }
@@ -143,4 +153,17 @@ pub(super) fn select(x: &Tensor, rows: &[usize]) -> Result<Tensor> {
 
 pub(super) fn select_cond(cond: &TextCond, rows: &[usize]) -> Result<TextCond> {
     Ok(TextCond { states: select(&cond.states, rows)?, mask: select(&cond.mask, rows)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prompt_that_a_step_meets_in_two_epochs_gets_new_noise_each_time() {
+        let keys = noise_keys(7, ["a", "b", "a", "a", "b", "a"].into_iter());
+        assert_eq!(keys[1..3], ["rollout/7/b/0", "rollout/7/a/1"]);
+        let different: std::collections::BTreeSet<_> = keys.iter().collect();
+        assert_eq!(different.len(), 6);
+    }
 }
