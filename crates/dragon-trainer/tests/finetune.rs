@@ -182,6 +182,15 @@ fn mistakes_are_named_before_any_work() {
         ("an even number", Box::new(|c| c.rollout.songs_per_step = 7)),
         ("rollout.reference_probability", Box::new(|c| c.rollout.reference_probability = 1.5)),
         ("update.optimizer.lr", Box::new(|c| c.update.optimizer.lr = 0.0)),
+        ("update.optimizer.beta2", Box::new(|c| c.update.optimizer.beta2 = 1.0)),
+        ("update.optimizer.max_grad_norm", Box::new(|c| c.update.optimizer.max_grad_norm = Some(0.0))),
+        ("validation.n_prompts", Box::new(|c| c.validation.n_prompts = 0)),
+        ("validation.sampler.n_steps", Box::new(|c| c.validation.sampler.n_steps = 0)),
+        ("loss.b", Box::new(|c| c.loss = LossConfig::Mapo { b: f64::NAN })),
+        (
+            "loss.weight_minus",
+            Box::new(|c| c.loss = LossConfig::Kto { beta: 1.0, weight_plus: 1.0, weight_minus: -1.0 }),
+        ),
         ("are needed", Box::new(|c| c.rollout.songs_per_step = 400)),
         ("nothing.jsonl", Box::new(move |c| c.prompts = missing.clone())),
         (

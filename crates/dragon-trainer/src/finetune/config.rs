@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::embedder::EmbedConfig;
 use crate::error::{Error, Result};
 use crate::losses::LossConfig;
-use crate::pretrain::LoopConfig;
+use crate::pretrain::{self, LoopConfig};
 
 /// Everything a fine-tuning depends on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -137,10 +137,17 @@ impl FinetuneConfig {
         if self.update.ema_decay == 1.0 {
             return Err(Error::config("update.ema_decay", "a number below 1", 1.0));
         }
-        let positive = [("update.optimizer.lr", self.update.optimizer.lr), ("loss.beta", self.loss.beta())];
-        for (key, value) in positive {
-            if !(value.is_finite() && value > 0.0) {
-                return Err(Error::config(key, "a number above 0", value));
+        pretrain::check_optimizer("update.optimizer", &self.update.optimizer)?;
+        self.check_loss()?;
+        if self.run.validate_every > 0 {
+            let validation = &self.validation;
+            for (key, value) in [
+                ("validation.n_prompts", validation.n_prompts),
+                ("validation.sampler.n_steps", validation.sampler.n_steps),
+            ] {
+                if value == 0 {
+                    return Err(Error::config(key, "at least 1, or `run.validate_every` 0", value));
+                }
             }
         }
         rollout.sampler.guidance.check().map_err(Error::input("rollout.sampler.guidance"))?;
@@ -154,6 +161,24 @@ impl FinetuneConfig {
             ));
         }
         self.embed.check([&self.reward])
+    }
+
+    fn check_loss(&self) -> Result<()> {
+        let (key, scale) = match self.loss {
+            LossConfig::Mapo { b } => ("loss.b", b),
+            _ => ("loss.beta", self.loss.beta()),
+        };
+        if !(scale.is_finite() && scale > 0.0) {
+            return Err(Error::config(key, "a number above 0", scale));
+        }
+        if let LossConfig::Kto { weight_plus, weight_minus, .. } = self.loss {
+            for (key, value) in [("loss.weight_plus", weight_plus), ("loss.weight_minus", weight_minus)] {
+                if !(value.is_finite() && value >= 0.0) {
+                    return Err(Error::config(key, "a number of at least 0", value));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Prompts of a step: each gives two generations if paired, else one.

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use candle_core::Tensor;
-use dragon_nn::Rng;
+use dragon_nn::{AdamWConfig, Rng};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, Scalars};
@@ -63,6 +63,32 @@ pub trait Task {
     fn throughput(&self) -> (f64, &'static str) {
         (1.0, "steps")
     }
+}
+
+/// Checks that an optimiser can work; `key` is where its config stands.
+///
+/// # Errors
+/// For the first value that is out of range.
+pub(crate) fn check_optimizer(key: &str, cfg: &AdamWConfig) -> Result<()> {
+    let wrong = |name: &str, expected: &str, found: f64| {
+        Err(Error::config(&format!("{key}.{name}"), expected.to_owned(), found))
+    };
+    for (name, value) in
+        [("lr", cfg.lr), ("eps", cfg.eps), ("max_grad_norm", cfg.max_grad_norm.unwrap_or(1.0))]
+    {
+        if !(value.is_finite() && value > 0.0) {
+            return wrong(name, "a number above 0", value);
+        }
+    }
+    for (name, value) in [("beta1", cfg.beta1), ("beta2", cfg.beta2)] {
+        if !(0.0..1.0).contains(&value) {
+            return wrong(name, "a number from 0 up to, not including, 1", value);
+        }
+    }
+    if !(cfg.weight_decay.is_finite() && cfg.weight_decay >= 0.0) {
+        return wrong("weight_decay", "a number of at least 0", cfg.weight_decay);
+    }
+    Ok(())
 }
 
 /// The items of a step among `n`: each epoch goes through all of them once, in an order keyed by seed and epoch.
