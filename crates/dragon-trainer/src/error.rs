@@ -87,6 +87,16 @@ pub enum Error {
         /// The last checkpoint, which is whole; filled in by the loop.
         checkpoint: Option<PathBuf>,
     },
+    /// A model gave latents that are no numbers. The loop of a training turns it into [`Error::NotFinite`].
+    #[error(
+        "the model gives latents that are {value} for {prompt:?}\nhint: its weights or the model folder's are broken; take another checkpoint"
+    )]
+    BrokenSong {
+        /// Sum of the latents' magnitudes.
+        value: f64,
+        /// The prompt.
+        prompt: String,
+    },
     /// The data cannot be used: no prompt, no clip, nothing to compare.
     #[error("{problem}\nhint: {hint}")]
     Data {

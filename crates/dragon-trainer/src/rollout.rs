@@ -106,13 +106,9 @@ pub fn latents(
     };
     let sums = latents.abs()?.flatten_from(1)?.sum(1)?.to_vec1::<f32>()?; // [B]
     if let Some(i) = sums.iter().position(|sum| !sum.is_finite()) {
-        return Err(Error::NotFinite {
-            what: "a generation's latents".to_owned(),
+        return Err(Error::BrokenSong {
             value: f64::from(sums[i]),
-            step: 0,
-            sigma: None,
-            prompt: prompts.get(i).map(|p| (*p).to_owned()),
-            checkpoint: None,
+            prompt: prompts.get(i).map_or(String::new(), |p| (*p).to_owned()),
         });
     }
     Ok(Some(latents))

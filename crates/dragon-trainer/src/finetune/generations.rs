@@ -52,8 +52,7 @@ impl FinetuneTask<'_> {
             let ctx = self.unstoppable();
             let sampler = &self.cfg.rollout.sampler;
             let latents =
-                rollout::latents(model, &cond, &noise, sampler, self.cfg.rollout.batch, &ctx, &prompts)
-                    .map_err(|err| at_step(err, step))?
+                rollout::latents(model, &cond, &noise, sampler, self.cfg.rollout.batch, &ctx, &prompts)?
                     .ok_or_else(not_asked_to_stop)?;
             for (i, row) in mine.into_iter().enumerate() {
                 rows[row] = Some(latents.narrow(0, i, 1)?);
@@ -134,15 +133,6 @@ fn noise_keys<'a>(step: usize, prompts: impl Iterator<Item = &'a str>) -> Vec<St
 
 fn not_asked_to_stop() -> Error {
     Error::Bug("sampling stopped without being asked".into())
-}
-
-fn at_step(err: Error, at: usize) -> Error {
-    match err {
-        Error::NotFinite { what, value, sigma, prompt, checkpoint, .. } => {
-            Error::NotFinite { what, value, step: at, sigma, prompt, checkpoint }
-        }
-        other => other,
-    }
 }
 
 /// Rows of `x` by index, `[B, …]`.

@@ -152,26 +152,20 @@ impl FinetuneTask<'_> {
             loss += f64::from(part_loss.to_scalar::<f32>()?);
             total = Some(add_gradients(total, dragon_nn::backward(&part_loss)?, &self.policy)?);
         }
-        let not_finite = |what: &str, value: f64| Error::NotFinite {
-            what: what.to_owned(),
-            value,
-            step,
-            sigma: None,
-            prompt: None,
-            checkpoint: None,
-        };
         if !loss.is_finite() {
-            return Err(not_finite("loss", loss));
+            let what = "loss".to_owned();
+            return Err(Error::NotFinite {
+                what,
+                value: loss,
+                step,
+                sigma: None,
+                prompt: None,
+                checkpoint: None,
+            });
         }
         let grad_norm = match total {
             None => 0.0, // every pair was a tie
-            Some(grads) => match self.optimizer.step(&grads) {
-                Ok(norm) => norm,
-                Err(err) if err.to_string().contains("gradient norm") => {
-                    return Err(not_finite("gradient norm", f64::NAN));
-                }
-                Err(err) => return Err(err.into()),
-            },
+            Some(grads) => self.optimizer.step(&grads)?,
         };
         if let Some(ema) = &self.ema {
             ema.update(&self.policy)?;

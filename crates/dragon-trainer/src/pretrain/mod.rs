@@ -230,14 +230,15 @@ pub fn run_in(
         let step = next_step;
         let started = Instant::now();
         let mut rng = Rng::from_key(&format!("step/{step}"), seed);
-        let scalars = task.step(step, &mut rng).map_err(|err| with_checkpoint(err, &last))?;
+        let scalars = task.step(step, &mut rng).map_err(|err| in_step(err, step, &last))?;
         let mut values: Vec<(String, f64)> =
             scalars.into_iter().map(|(name, v)| (name.to_owned(), v)).collect();
         check_finite(step, &values, &last)?;
         next_step += 1;
         let at_end = next_step == cfg.steps;
         if cfg.validate_every > 0 && (next_step.is_multiple_of(cfg.validate_every) || at_end) {
-            values.extend(task.validate()?.into_iter().map(|(name, v)| (format!("valid/{name}"), v)));
+            let found = task.validate().map_err(|err| in_step(err, step, &last))?;
+            values.extend(found.into_iter().map(|(name, v)| (format!("valid/{name}"), v)));
         }
         folder.log(step, &values)?;
         folder.log_timing(step, &[("time/step_s", started.elapsed().as_secs_f64())])?;
@@ -301,10 +302,21 @@ fn check_finite(step: usize, values: &[(String, f64)], last: &Option<PathBuf>) -
     }
 }
 
-fn with_checkpoint(err: Error, last: &Option<PathBuf>) -> Error {
+/// Adds to an error what the loop knows: the step and the last good checkpoint.
+fn in_step(err: Error, step: usize, last: &Option<PathBuf>) -> Error {
+    let checkpoint = last.clone();
     match err {
-        Error::NotFinite { what, value, step, sigma, prompt, .. } => {
-            Error::NotFinite { what, value, step, sigma, prompt, checkpoint: last.clone() }
+        Error::NotFinite { what, value, sigma, prompt, .. } => {
+            Error::NotFinite { what, value, step, sigma, prompt, checkpoint }
+        }
+        Error::BrokenSong { value, prompt } => {
+            let what = "a generation's latents".to_owned();
+            Error::NotFinite { what, value, step, sigma: None, prompt: Some(prompt), checkpoint }
+        }
+        // The optimiser refuses such gradients before it changes anything.
+        Error::Tensor(err) if err.to_string().contains("gradient norm is") => {
+            let what = "gradient norm".to_owned();
+            Error::NotFinite { what, value: f64::NAN, step, sigma: None, prompt: None, checkpoint }
         }
         other => other,
     }
@@ -324,11 +336,12 @@ mod tests {
         weight: f32,
         stop_at: Option<(usize, Arc<AtomicBool>)>,
         nan_at: Option<usize>,
+        validation_fails: bool,
     }
 
     impl Walk {
         fn new() -> Self {
-            Self { weight: 0.0, stop_at: None, nan_at: None }
+            Self { weight: 0.0, stop_at: None, nan_at: None, validation_fails: false }
         }
     }
 
@@ -344,6 +357,9 @@ mod tests {
             Ok(vec![("loss", loss)])
         }
         fn validate(&mut self) -> Result<Vec<(&'static str, f64)>> {
+            if self.validation_fails {
+                return Err(Error::BrokenSong { value: f64::NAN, prompt: "a waltz".into() });
+            }
             Ok(vec![("loss", 2.0 * self.weight as f64)])
         }
         fn state(&self) -> Result<BTreeMap<String, Tensor>> {
@@ -403,6 +419,26 @@ mod tests {
         assert_eq!(err.exit_code(), 1);
         let ctx = RunContext { resume: true, ..RunContext::new(dir.path()) };
         assert!(go(&mut Walk::new(), &ctx, 11).unwrap().finished);
+    }
+
+    #[test]
+    fn a_broken_song_of_a_validation_is_reported_with_the_step() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut task = Walk { validation_fails: true, ..Walk::new() };
+        let text = go(&mut task, &RunContext::new(dir.path()), 11).unwrap_err().to_string();
+        assert!(text.contains("latents is NaN at step 2, prompt \"a waltz\""), "{text}");
+    }
+
+    #[test]
+    fn a_gradient_that_is_no_number_is_the_users_to_mend() {
+        let params = dragon_nn::Params::new(0);
+        let weight = params.builder(candle_core::DType::F32, &Device::Cpu).get(1, "w").unwrap();
+        let mut optimizer = dragon_nn::AdamW::new(&params, AdamWConfig::default()).unwrap();
+        let loss = (weight * f64::INFINITY).unwrap().sum_all().unwrap();
+        let refused: Error = optimizer.step(&loss.backward().unwrap()).unwrap_err().into();
+        let err = in_step(refused, 6, &Some("checkpoints/step-000004".into()));
+        assert!(matches!(err, Error::NotFinite { step: 6, checkpoint: Some(_), .. }), "{err}");
+        assert_eq!(err.exit_code(), 1);
     }
 
     #[test]
