@@ -1,0 +1,134 @@
+//! Two systems against each other: values on all songs, win rates, differences over subsets.
+
+use dragon_metrics::bootstrap::percentile;
+use dragon_metrics::{Better, bootstrap_indices, win_rate};
+use dragon_rewards::{Reward, RewardConfig, RewardSet, Song};
+use rayon::prelude::*;
+
+use super::systems::System;
+use super::{BootstrapConfig, MetricConfig, MetricResult, Monitor, SongResult, Summary};
+use crate::error::{Error, Result};
+
+/// How two systems are compared, whatever made their songs.
+pub(super) struct Comparison<'a> {
+    pub metrics: &'a [MetricConfig],
+    /// One reward a metric, in their order.
+    pub rewards: &'a RewardSet,
+    pub bootstrap: BootstrapConfig,
+    /// Seed of the subsets.
+    pub seed: u64,
+    /// Whether song `i` of both systems answers the same prompt.
+    pub paired: bool,
+}
+
+impl Comparison<'_> {
+    /// Measures the base, `systems[0]`, and the tuned system, `systems[1]`; `songs` are the base's.
+    ///
+    /// # Errors
+    /// If a metric cannot score the songs.
+    pub fn summary(
+        &self,
+        systems: &[System; 2],
+        songs: Vec<SongResult>,
+        names: [String; 2],
+    ) -> Result<Summary> {
+        let Self { metrics, rewards, bootstrap, seed, paired } = *self;
+        let failed = |err: dragon_metrics::Error| Error::input("cannot compare the systems")(err);
+        let sizes: Vec<usize> = systems.iter().map(|system| system.songs.len()).collect();
+        let subsets: Vec<Vec<Vec<usize>>> = sizes
+            .iter()
+            .enumerate()
+            // Unpaired systems draw their own subsets.
+            .map(|(i, &n)| {
+                bootstrap_indices(
+                    seed.wrapping_add(if paired { 0 } else { i as u64 }),
+                    bootstrap.subsets,
+                    bootstrap.songs,
+                    n,
+                )
+            })
+            .collect::<std::result::Result<_, _>>()
+            .map_err(failed)?;
+        let all: Vec<Vec<&Song>> = systems.iter().map(|system| system.songs.iter().collect()).collect();
+        let mut results = Vec::with_capacity(metrics.len());
+        for (i, metric) in metrics.iter().enumerate() {
+            let reward = rewards.get(i).ok_or_else(|| Error::Bug(format!("no reward {i}")))?;
+            let refused = |err: dragon_rewards::Error| Error::input(format!("metric `{}`", metric.name))(err);
+            let full: Vec<f64> = all
+                .iter()
+                .map(|songs| reward.set_score(songs))
+                .collect::<std::result::Result<_, _>>()
+                .map_err(refused)?;
+            let scores: Vec<Option<Vec<f64>>> = all
+                .iter()
+                .map(|songs| reward.song_scores(songs))
+                .collect::<std::result::Result<_, _>>()
+                .map_err(refused)?;
+            let on_subsets: Vec<Vec<f64>> = (0..2)
+                .map(|s| match &scores[s] {
+                    Some(scores) => Ok(subsets[s].iter().map(|members| mean_of(scores, members)).collect()),
+                    None => subset_scores(reward, &all[s], &subsets[s]).map_err(refused),
+                })
+                .collect::<Result<_>>()?;
+            let sign = if is_distance(&metric.reward) { -1.0 } else { 1.0 };
+            let differences: Vec<f64> =
+                on_subsets[1].iter().zip(&on_subsets[0]).map(|(t, b)| sign * (t - b)).collect();
+            let set_win_rate = win_rate(&on_subsets[1], &on_subsets[0], Better::Higher).map_err(failed)?.rate;
+            let (mut song_win_rate, mut effect_size) = (None, None);
+            if let (Some(base), Some(tuned)) = (&scores[0], &scores[1]) {
+                if paired {
+                    song_win_rate = Some(win_rate(tuned, base, Better::Higher).map_err(failed)?);
+                }
+                let (mean, n) = (base.iter().sum::<f64>() / base.len() as f64, base.len() as f64);
+                let std = (base.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt();
+                effect_size = (std > 0.0).then(|| (full[1] - full[0]) / std);
+            }
+            let printed =
+                |scores: &Option<Vec<f64>>| scores.as_ref().map(|s| s.iter().map(|x| sign * x).collect());
+            results.push(MetricResult {
+                name: metric.name.clone(),
+                reward: metric.reward.label(),
+                lower_is_better: sign < 0.0,
+                base: sign * full[0],
+                tuned: sign * full[1],
+                difference_95: (
+                    percentile(&differences, 0.025).map_err(failed)?,
+                    percentile(&differences, 0.975).map_err(failed)?,
+                ),
+                song_win_rate,
+                set_win_rate,
+                effect_size,
+                base_songs: printed(&scores[0]),
+                tuned_songs: printed(&scores[1]),
+            });
+        }
+        let mean =
+            |s: usize, k: usize| systems[s].monitors.iter().map(|m| m[k]).sum::<f64>() / sizes[s] as f64;
+        let monitors = ["loudness, LUFS", "level, dBFS", "spectral centroid, Hz"]
+            .iter()
+            .enumerate()
+            .map(|(k, name)| Monitor { name: (*name).to_owned(), base: mean(0, k), tuned: mean(1, k) })
+            .collect();
+        let [base, tuned] = names;
+        Ok(Summary { base, tuned, n_songs: sizes[0], metrics: results, monitors, songs })
+    }
+}
+
+fn mean_of(scores: &[f64], members: &[usize]) -> f64 {
+    members.iter().map(|&m| scores[m]).sum::<f64>() / members.len().max(1) as f64
+}
+
+/// A reward of sets on many subsets, in parallel, in order.
+fn subset_scores(
+    reward: &Reward,
+    songs: &[&Song],
+    subsets: &[Vec<usize>],
+) -> std::result::Result<Vec<f64>, dragon_rewards::Error> {
+    let one = |members: &Vec<usize>| reward.set_score(&members.iter().map(|&m| songs[m]).collect::<Vec<_>>());
+    let scores: Vec<std::result::Result<f64, _>> = subsets.par_iter().map(one).collect();
+    scores.into_iter().collect()
+}
+
+fn is_distance(reward: &RewardConfig) -> bool {
+    matches!(reward, RewardConfig::PerSongFad { .. } | RewardConfig::DatasetFad { .. })
+}

@@ -1,0 +1,171 @@
+//! The report of an evaluation, and the files it is written to.
+
+use std::fs;
+use std::path::Path;
+
+use dragon_audio::SampleFormat;
+
+use super::summary::{Summary, number};
+use super::systems::System;
+use crate::error::{Error, Result};
+use crate::generate::slug;
+use crate::report;
+use crate::run::{RunContext, write_atomic};
+
+/// The report without the facts of its command.
+pub(super) fn page(summary: &Summary, systems: &[System], title: &str) -> report::Report {
+    let target = summary.target();
+    let (head, rows) = summary.cells();
+    let won = target.song_win_rate.as_ref().map_or(String::new(), |w| {
+        format!(
+            " It wins {} of {} songs ({:.1} %, 95 % interval {:.1} to {:.1} %).",
+            w.wins,
+            w.n,
+            100.0 * w.rate,
+            100.0 * w.lower,
+            100.0 * w.upper
+        )
+    });
+    let lead = format!(
+        "{}: {} for {}, {} for {}; {} is better.{won}",
+        target.name,
+        number(target.base),
+        summary.base,
+        number(target.tuned),
+        summary.tuned,
+        if target.lower_is_better { "lower" } else { "higher" }
+    );
+    let charts = summary
+        .metrics
+        .iter()
+        .filter_map(|m| match (&m.base_songs, &m.tuned_songs) {
+            (Some(base), Some(tuned)) => Some(report::Chart::Histogram {
+                title: format!("{} of the songs", m.name),
+                x_label: m.name.clone(),
+                series: vec![(summary.base.clone(), base.clone()), (summary.tuned.clone(), tuned.clone())],
+            }),
+            _ => None,
+        })
+        .collect();
+    let n = systems.iter().map(|s| s.examples.len()).min().unwrap_or(0);
+    let note = |songs: &Option<Vec<f64>>, i: usize| {
+        songs
+            .as_ref()
+            .and_then(|s| s.get(i))
+            .map_or(String::new(), |v| format!("{} {}", target.name, number(*v)))
+    };
+    let take = |s: usize, i: usize, label: &str, note: String| report::Take {
+        label: label.to_owned(),
+        samples: systems[s].examples[i].samples.clone(),
+        sample_rate_hz: systems[s].examples[i].sample_rate_hz,
+        note,
+    };
+    let songs = (0..n)
+        .map(|i| {
+            let song = &summary.songs[i];
+            report::Song {
+                caption: song.caption.clone().unwrap_or_else(|| song.id.clone()),
+                takes: vec![
+                    take(0, i, &summary.base, note(&target.base_songs, i)),
+                    take(1, i, &summary.tuned, note(&target.tuned_songs, i)),
+                ],
+            }
+        })
+        .collect();
+    let table = report::Table {
+        title: "Metrics".into(),
+        note: "Songs won: prompts on which the tuned model is better, with a Clopper-Pearson interval. Sets won: random \
+               subsets, drawn with replacement, the same for both. The last rows are no reward: they show hacking."
+            .into(),
+        head,
+        rows,
+    };
+    report::Report { title: title.into(), lead, facts: Vec::new(), tables: vec![table], charts, songs }
+}
+
+/// Curves of the run that made a tuned model.
+pub(super) fn training_charts(path: &Path) -> Result<Vec<report::Chart>> {
+    let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let lines: Vec<serde_json::Value> =
+        text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let series = |name: &str, label: &str| report::Series {
+        name: label.to_owned(),
+        points: lines
+            .iter()
+            .filter_map(|line| Some((line.get("step")?.as_f64()?, line.get(name)?.as_f64()?)))
+            .collect(),
+    };
+    let chart = |title: &str, y_label: &str, log_y: bool, names: &[(&str, &str)]| {
+        let series: Vec<report::Series> =
+            names.iter().map(|(name, label)| series(name, label)).filter(|s| !s.points.is_empty()).collect();
+        (!series.is_empty()).then(|| report::Chart::Lines {
+            title: title.into(),
+            x_label: "step".into(),
+            y_label: y_label.into(),
+            series,
+            log_y,
+        })
+    };
+    let charts = [
+        chart(
+            "Reward while learning",
+            "reward",
+            false,
+            &[("reward", "policy"), ("reward_plus", "D+"), ("reward_minus", "D-")],
+        ),
+        chart(
+            "Reward on validation prompts",
+            "reward",
+            false,
+            &[("valid/reward", "tuned"), ("valid/reward_base", "base")],
+        ),
+        chart("Loss", "loss", false, &[("loss", "loss")]),
+        chart("Implicit accuracy", "share", false, &[("implicit_accuracy", "g+ above g-")]),
+        chart(
+            "Size of the gaps",
+            "|beta g|",
+            true,
+            &[("beta_gap_q10", "10 %"), ("beta_gap_q50", "median"), ("beta_gap_q90", "90 %")],
+        ),
+        chart(
+            "Denoising errors",
+            "weighted error",
+            false,
+            &[
+                ("error_policy_plus", "policy, D+"),
+                ("error_reference_plus", "reference, D+"),
+                ("error_policy_minus", "policy, D-"),
+                ("error_reference_minus", "reference, D-"),
+            ],
+        ),
+        chart("Gradient norm", "norm before clipping", true, &[("grad_norm", "norm")]),
+        chart("Level of the generations", "dBFS", false, &[("loudness_dbfs", "level")]),
+        chart("Brightness of the generations", "Hz", false, &[("centroid_hz", "spectral centroid")]),
+    ];
+    Ok(charts.into_iter().flatten().collect())
+}
+
+/// Writes `report.json`, `report.html` and the examples of the systems.
+pub(super) fn write(
+    summary: &Summary,
+    page: &report::Report,
+    systems: &[System],
+    ctx: &RunContext,
+) -> Result<()> {
+    let dir = &ctx.out_dir;
+    fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+    let samples = dir.join("samples");
+    for (system, label) in systems.iter().zip(["base", "tuned"]) {
+        for (i, clip) in system.examples.iter().enumerate() {
+            fs::create_dir_all(&samples).map_err(Error::io("create", &samples))?;
+            let song = &summary.songs[i];
+            let name = slug(song.caption.as_deref().unwrap_or(&song.id));
+            let path = samples.join(format!("{i:03}-{name}.{label}.wav"));
+            dragon_audio::write_wav(&path, clip, SampleFormat::Int16)
+                .map_err(Error::input("cannot write audio"))?;
+        }
+    }
+    let json = serde_json::to_vec_pretty(summary).map_err(|err| Error::Bug(err.to_string()))?;
+    write_atomic(&dir.join("report.json"), &json)?;
+    page.write(&dir.join("report.html"))
+}
