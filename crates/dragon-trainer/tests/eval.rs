@@ -153,6 +153,13 @@ fn two_folders_are_compared_song_by_song() {
     assert!(summary.monitors[1].tuned > summary.monitors[1].base + 15.0, "19 dB louder");
     assert!(out.join("report.html").exists());
 
+    // Two songs of one name have no one partner.
+    std::fs::copy(dir.path().join("a/1.wav"), dir.path().join("a/0.flac")).unwrap();
+    let err = eval::run_folders(&config, &RunContext::new(dir.path().join("twice"))).unwrap_err();
+    assert_eq!(err.exit_code(), 1);
+    assert!(err.to_string().contains("a/0.wav") && err.to_string().contains("leave one"), "{err}");
+    std::fs::remove_file(dir.path().join("a/0.flac")).unwrap();
+
     // Without common names the folders are two sets.
     std::fs::rename(dir.path().join("b/0.wav"), dir.path().join("b/x.wav")).unwrap();
     for i in 1..4 {

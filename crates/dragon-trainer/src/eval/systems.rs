@@ -129,6 +129,13 @@ pub(super) fn files_of(cfg: &FoldersConfig) -> Result<([Vec<PathBuf>; 2], bool)>
     let paired = common.len() >= 2;
     if paired {
         for (files, names) in files.iter_mut().zip(&names) {
+            if let Some(i) = (1..names.len()).find(|&i| names[..i].contains(&names[i])) {
+                return Err(Error::Data {
+                    problem: format!("another song than `{}` has its name too", files[i].display()),
+                    hint: "songs are paired by their path without the ending; leave one of the two out"
+                        .into(),
+                });
+            }
             let dropped = files.len() - common.len();
             if dropped > 0 {
                 tracing::warn!(
