@@ -127,7 +127,7 @@ fn dragon(root: &Path, args: &[String]) -> Result<ExitCode> {
 
 /// Times us and PyTorch in turn: builds our side, then leaves the rounds to the script.
 fn peers(root: &Path, args: &[String]) -> Result<()> {
-    step("build", cargo(root).args(["build", "--release", "--package", "dragon-nn", "--example", "peers"]))?;
+    step("build", cargo(root).args(["build", "--release", "--workspace", "--example", "peers"]))?;
     let rest: Vec<&String> = args.iter().filter(|a| *a != "--peers").collect();
     step("peers", Command::new("python3").arg(root.join("xtask/bench/peers.py")).args(rest).current_dir(root))
 }
