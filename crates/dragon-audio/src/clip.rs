@@ -1,7 +1,14 @@
 //! Audio in memory: [`Audio`] keeps its channels, [`Clip`] is mono.
 
-use crate::error::Result;
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::measure::rms_dbfs;
 use crate::resample::resample;
+
+/// Files whose RMS level lies below this hold nothing to hear: the dither of a 16-bit file lies at -96 to -90 dBFS, and
+/// an encoder that normalises peaks would blow it up.
+pub const SILENCE_DBFS: f64 = -80.0;
 
 /// Audio with one or more channels of equal length; samples nominally in [-1, 1].
 #[derive(Debug, Clone, PartialEq)]
@@ -65,6 +72,18 @@ impl Clip {
         self.samples.len() as f64 / f64::from(self.sample_rate_hz)
     }
 
+    /// Checks that there is something to hear; `path` names the file in the error.
+    ///
+    /// # Errors
+    /// If the RMS level lies below [`SILENCE_DBFS`].
+    pub fn check_sound(&self, path: &Path) -> Result<()> {
+        let found_dbfs = rms_dbfs(&self.samples);
+        if found_dbfs >= SILENCE_DBFS {
+            return Ok(());
+        }
+        Err(Error::Silent { path: path.to_path_buf(), expected_dbfs: SILENCE_DBFS, found_dbfs })
+    }
+
     /// The same clip at another sample rate; `ceil(n * new / old)` samples, without delay.
     ///
     /// # Errors
@@ -99,6 +118,19 @@ mod tests {
     fn mono_is_the_mean_of_the_channels() {
         let audio = Audio { channels: vec![vec![1.0, -0.5], vec![0.0, 0.5]], sample_rate_hz: 8000 };
         assert_eq!(audio.to_mono().samples, [0.5, 0.0]);
+    }
+
+    #[test]
+    fn silence_and_dither_are_silent_and_a_quiet_tone_is_not() {
+        let check = |amplitude: f32| {
+            let samples: Vec<f32> = (0..1000).map(|i| amplitude * (i as f32 * 0.3).sin()).collect();
+            Clip { samples, sample_rate_hz: 8000 }.check_sound(Path::new("a.wav"))
+        };
+        check(1e-3).unwrap();
+        for amplitude in [0.0, 3e-5] {
+            let message = check(amplitude).unwrap_err().to_string();
+            assert!(message.contains("`a.wav` is silent: expected a level above -80 dBFS"), "{message}");
+        }
     }
 
     #[test]

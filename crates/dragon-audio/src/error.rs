@@ -69,10 +69,18 @@ pub enum Error {
         found: String,
     },
     /// The file is well-formed and has no samples.
-    #[error("audio file `{path}` has no samples: expected audio, found a header only", path = .path.display())]
+    #[error("audio file `{path}` has no samples: expected audio, found a header only\nhint: was its export or recording interrupted?", path = .path.display())]
     NoSamples {
         /// The file.
         path: PathBuf,
+    },
+    /// The file's header states a sample rate that no audio has.
+    #[error("audio file `{path}` has an impossible sample rate: expected 1000 to 768000 Hz, found {found_hz} Hz\nhint: export it again from its source", path = .path.display())]
+    FileRate {
+        /// The file.
+        path: PathBuf,
+        /// The rate, Hz.
+        found_hz: u32,
     },
     /// A sample is NaN or infinite.
     #[error("audio file `{path}` carries a bad sample: expected finite numbers, found {value} in channel {channel} at {at_s:.4} s\nhint: export it again from its source", path = .path.display())]
@@ -87,7 +95,7 @@ pub enum Error {
         value: f32,
     },
     /// The audio is shorter than its use needs.
-    #[error("audio file `{path}` is too short: expected at least {expected_s:.2} s, found {found_s:.2} s", path = .path.display())]
+    #[error("audio file `{path}` is too short: expected at least {expected_s:.2} s, found {found_s:.2} s\nhint: leave it out, or use a longer recording", path = .path.display())]
     TooShort {
         /// The file.
         path: PathBuf,
@@ -97,7 +105,7 @@ pub enum Error {
         found_s: f64,
     },
     /// The audio is silent where sound is needed.
-    #[error("audio file `{path}` is silent: expected a level above {expected_dbfs:.0} dBFS, found {found_dbfs:.0} dBFS", path = .path.display())]
+    #[error("audio file `{path}` is silent: expected a level above {expected_dbfs:.0} dBFS, found {found_dbfs:.0} dBFS\nhint: leave it out, or export it again from its source", path = .path.display())]
     Silent {
         /// The file.
         path: PathBuf,
@@ -107,7 +115,9 @@ pub enum Error {
         found_dbfs: f64,
     },
     /// A sample rate that cannot be used.
-    #[error("sample rate does not fit: expected 1000 to 768000 Hz, found {found_hz} Hz")]
+    #[error(
+        "sample rate does not fit: expected 1000 to 768000 Hz, found {found_hz} Hz\nhint: check the file's header, or `sample_rate_hz` of the config"
+    )]
     SampleRate {
         /// The rate, Hz.
         found_hz: u32,

@@ -17,8 +17,8 @@ pub mod mel;
 pub mod resample;
 pub mod write;
 
-pub use clip::{Audio, Clip, windows};
-pub use decode::{read, read_duration_s, read_mono, read_tags};
+pub use clip::{Audio, Clip, SILENCE_DBFS, windows};
+pub use decode::{check, read, read_duration_s, read_mono, read_tags};
 pub use error::{Error, Result};
 pub use measure::{lufs, peak, peak_normalize, rms_dbfs, spectral_centroid_hz};
 pub use mel::{

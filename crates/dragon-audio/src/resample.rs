@@ -5,6 +5,9 @@ use rubato::{Fft, FixedSync, Resampler, WindowFunction};
 
 use crate::error::{Error, Result};
 
+/// Rates that audio may have, Hz.
+pub(crate) const SAMPLE_RATES_HZ: std::ops::RangeInclusive<u32> = 1000..=768_000;
+
 /// Input samples per FFT block: long enough that the filter keeps more than 95 % of the lower rate's band.
 const BLOCK: usize = 2048;
 
@@ -18,7 +21,7 @@ const MAX_BLOCK: usize = 16384;
 /// If a rate lies outside 1 to 768 kHz.
 pub fn resample(samples: &[f32], from_hz: u32, to_hz: u32) -> Result<Vec<f32>> {
     for rate in [from_hz, to_hz] {
-        if !(1000..=768_000).contains(&rate) {
+        if !SAMPLE_RATES_HZ.contains(&rate) {
             return Err(Error::SampleRate { found_hz: rate });
         }
     }

@@ -4,7 +4,8 @@ use std::fs;
 use std::path::Path;
 
 use dragon_audio::{
-    Audio, Clip, Error, SampleFormat, peak, read, read_duration_s, read_mono, read_tags, rms_dbfs, write_wav,
+    Audio, Clip, Error, SampleFormat, check, peak, read, read_duration_s, read_mono, read_tags, rms_dbfs,
+    write_wav,
 };
 use dragon_testkit::fixture;
 
@@ -152,6 +153,27 @@ fn wrong_names_are_told_from_the_contents() {
 }
 
 #[test]
+fn a_look_at_a_file_finds_what_needs_no_decoding() {
+    let dir = tempfile::tempdir().unwrap();
+    let wav = dir.path().join("a.wav");
+    write_wav(&wav, &Clip { samples: tone(1000), sample_rate_hz: 8000 }, SampleFormat::Int16).unwrap();
+    check(&wav).unwrap();
+    for name in ["tone.flac", "tone.ogg", "tone.mp3", "tone.aiff", "tone_float.wav"] {
+        check(&fixture("dragon-audio/formats").join(name)).unwrap();
+    }
+    let whole = fs::read(&wav).unwrap();
+    let (cut, text, tune) = (dir.path().join("cut.wav"), dir.path().join("x"), dir.path().join("y"));
+    fs::write(&cut, &whole[..whole.len() / 2]).unwrap();
+    fs::write(&text, "la la la\n").unwrap();
+    fs::write(&tune, b"MThd\0\0\0\x06\0\0\0\x01\0\x60").unwrap();
+    assert!(matches!(check(&cut), Err(Error::Truncated { .. })));
+    assert!(matches!(check(&text), Err(Error::Unsupported { .. })));
+    assert!(matches!(check(&tune), Err(Error::Unsupported { .. })));
+    assert!(matches!(check(&dir.path().join("no.wav")), Err(Error::NotFound { .. })));
+    assert!(check(dir.path()).unwrap_err().to_string().contains("found a folder"));
+}
+
+#[test]
 fn opus_is_refused_by_name() {
     for name in ["tone.opus", "tone.ogg"] {
         let dir = tempfile::tempdir().unwrap();
@@ -240,6 +262,17 @@ fn damaged_bytes_never_panic() {
             }
         }
     }
+}
+
+#[test]
+fn an_impossible_sample_rate_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.wav");
+    write_wav(&path, &Clip { samples: tone(100), sample_rate_hz: 10 }, SampleFormat::Int16).unwrap();
+    assert!(
+        message(&path)
+            .contains("a.wav` has an impossible sample rate: expected 1000 to 768000 Hz, found 10 Hz")
+    );
 }
 
 #[test]
