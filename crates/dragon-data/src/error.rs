@@ -32,7 +32,7 @@ pub enum Error {
         hint: &'static str,
     },
     /// A line of a manifest or list does not fit.
-    #[error("`{path}` line {line}: {detail}", path = .path.display())]
+    #[error("`{path}` line {line}: {detail}\nhint: correct the line, or take it out", path = .path.display())]
     Line {
         /// The file.
         path: PathBuf,
@@ -42,7 +42,7 @@ pub enum Error {
         detail: String,
     },
     /// An input file is not what it should be.
-    #[error("{what} `{path}` cannot be used: {detail}", path = .path.display())]
+    #[error("{what} `{path}` cannot be used: {detail}\nhint: correct the file, or leave it out", path = .path.display())]
     Input {
         /// What it should be.
         what: &'static str,
@@ -65,6 +65,16 @@ pub enum Error {
         /// Its value in the folder.
         found: String,
     },
+    /// The output folder holds clips that a new manifest would leave out.
+    #[error(
+        "folder `{path}` holds clips of other files, among them {piece}: expected an empty folder, or an earlier import of the same files\nhint: choose another folder with --out", path = .path.display()
+    )]
+    OtherClips {
+        /// The folder.
+        path: PathBuf,
+        /// A piece that is there and not in this import.
+        piece: String,
+    },
     /// A helper program failed or is not installed.
     #[error("`{command}` failed: {detail}\nhint: {hint}")]
     Program {
@@ -76,7 +86,7 @@ pub enum Error {
         hint: &'static str,
     },
     /// Nothing usable was found.
-    #[error("no usable {what} in `{path}`: {detail}", path = .path.display())]
+    #[error("no usable {what} in `{path}`: {detail}\nhint: name a folder, list or archive that holds some", path = .path.display())]
     Nothing {
         /// What was looked for.
         what: &'static str,

@@ -6,6 +6,7 @@
 //!   the file is a part of. Paths are relative to the list.
 //!
 //! Each file is mixed to mono, resampled to 16 kHz and cut into as many 5.12 s clips as fit, with the file's caption.
+//! Clips come to their place together, when all are made: an import that fails leaves its output folder as it was.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
@@ -17,7 +18,9 @@ use serde_json::{Map, Value, json};
 
 use crate::clips::{self, CLIP_S, CLIP_SAMPLES, Refusal, SAMPLE_RATE_HZ};
 use crate::error::{Error, Result};
-use crate::manifest::{CaptionSource, Corpus, Entry, parse_csv, read_text, split_of, write_manifest};
+use crate::manifest::{
+    CaptionSource, Corpus, Entry, parse_csv, read_manifest, read_text, split_of, write_manifest,
+};
 use crate::rng::hash64;
 use crate::store::slug;
 
@@ -63,18 +66,82 @@ struct Item {
     piece: String,
 }
 
-/// Imports audio. Every caption and path is checked before the first file is decoded.
+/// Imports audio. Every caption and path is checked, and every file looked at, before the first is decoded.
 ///
 /// # Errors
 /// If the source is missing or empty, a caption is empty or longer than 1000 characters, or a file cannot be
-/// used (missing, damaged, too short, silent) and `skip_bad` is off.
+/// used (missing, damaged, too short, silent) and `skip_bad` is off; also if the output folder holds an import of other
+/// files. The output folder is then as it was.
 pub fn import(options: &Options, stop: &AtomicBool) -> Result<Summary> {
     let items = if options.from.is_dir() { folder(&options.from)? } else { list(&options.from)? };
     if items.is_empty() {
         let detail = format!("looked for files ending in {}", AUDIO.join(", "));
         return Err(Error::Nothing { what: "audio", path: options.from.clone(), detail });
     }
-    fs::create_dir_all(&options.out).map_err(Error::io(&options.out, "created"))?;
+    if !options.skip_bad {
+        items.iter().try_for_each(|item| dragon_audio::check(&item.path))?;
+    }
+    let manifest = options.out.join("manifest.jsonl");
+    if manifest.exists() {
+        let pieces: HashSet<&str> = items.iter().map(|item| item.piece.as_str()).collect();
+        if let Some(other) = read_manifest(&manifest)?.iter().find(|e| !pieces.contains(e.piece.as_str())) {
+            let piece = format!("`{}`", other.piece);
+            return Err(Error::OtherClips { path: options.out.clone(), piece });
+        }
+    }
+    let staged = Staged::new(&options.out)?;
+    let (summary, entries) = cut(items, options, &staged, stop)?;
+    staged.place(&entries)?;
+    write_manifest(&manifest, &entries)?;
+    Ok(summary)
+}
+
+/// Clips on their way: made in a folder of their own, which goes away with this, and moved when all are whole.
+struct Staged {
+    out: PathBuf,
+    dir: PathBuf,
+    created: Vec<PathBuf>, // folders that were not there before, outermost first
+}
+
+impl Staged {
+    fn new(out: &Path) -> Result<Self> {
+        let created: Vec<PathBuf> =
+            out.ancestors().take_while(|dir| !dir.exists()).map(Path::to_owned).collect();
+        let created: Vec<PathBuf> =
+            created.into_iter().rev().filter(|dir| !dir.as_os_str().is_empty()).collect();
+        let dir = out.join(format!(".import-{}.tmp", std::process::id()));
+        let staged = Self { out: out.to_owned(), dir, created };
+        fs::create_dir_all(&staged.dir).map_err(Error::io(&staged.dir, "created"))?;
+        Ok(staged)
+    }
+
+    fn place(&self, entries: &[Entry]) -> Result<()> {
+        let wav = self.out.join("wav");
+        fs::create_dir_all(&wav).map_err(Error::io(&wav, "created"))?;
+        for entry in entries {
+            let to = self.out.join(&entry.path);
+            fs::rename(self.dir.join(&entry.path), &to).map_err(Error::io(&to, "written"))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.dir); // what cannot be removed does no harm
+        for dir in self.created.iter().rev() {
+            let _ = fs::remove_dir(dir); // only if nothing came into it
+        }
+    }
+}
+
+/// Cuts the files into clips under the staging folder.
+fn cut(
+    items: Vec<Item>,
+    options: &Options,
+    staged: &Staged,
+    stop: &AtomicBool,
+) -> Result<(Summary, Vec<Entry>)> {
     let mut ids = HashSet::new();
     let items: Vec<(String, Item)> = items
         .into_iter()
@@ -97,7 +164,7 @@ pub fn import(options: &Options, stop: &AtomicBool) -> Result<Summary> {
             break;
         }
         let done: Vec<Result<(Vec<Entry>, Vec<Refusal>)>> =
-            batch.par_iter().map(|(id, item)| import_one(id, item, options)).collect();
+            batch.par_iter().map(|(id, item)| import_one(id, item, options, &staged.dir)).collect();
         for (result, (_, item)) in done.into_iter().zip(batch) {
             match result {
                 Ok((new, refused)) => {
@@ -107,7 +174,7 @@ pub fn import(options: &Options, stop: &AtomicBool) -> Result<Summary> {
                     summary.n_files += usize::from(!new.is_empty());
                     entries.extend(new);
                 }
-                Err(error) if options.skip_bad => {
+                Err(error) if options.skip_bad && !is_full(&error) => {
                     tracing::warn!("left out: {error}");
                     summary.left_out.push(format!("{}: {error}", item.path.display()));
                 }
@@ -116,16 +183,23 @@ pub fn import(options: &Options, stop: &AtomicBool) -> Result<Summary> {
         }
         tracing::info!("imported {} clips of {} files", entries.len(), summary.n_files);
     }
-    if entries.is_empty() && !summary.stopped {
-        let detail = format!("{:?} {:?}", summary.refused, summary.left_out);
+    if entries.is_empty() {
+        let detail = match summary.stopped {
+            true => "stopped before the first clip".to_owned(),
+            false => format!("refused {:?}, left out {:?}", summary.refused, summary.left_out),
+        };
         return Err(Error::Nothing { what: "excerpts", path: options.from.clone(), detail });
     }
     summary.n_clips = entries.len();
-    write_manifest(&options.out.join("manifest.jsonl"), &entries)?;
-    Ok(summary)
+    Ok((summary, entries))
 }
 
-fn import_one(id: &str, item: &Item, options: &Options) -> Result<(Vec<Entry>, Vec<Refusal>)> {
+/// Whether the output cannot be written: no fault of the file that is imported.
+fn is_full(error: &Error) -> bool {
+    matches!(error, Error::Io { .. } | Error::Audio(dragon_audio::Error::Io { action: "written", .. }))
+}
+
+fn import_one(id: &str, item: &Item, options: &Options, dir: &Path) -> Result<(Vec<Entry>, Vec<Refusal>)> {
     let audio = dragon_audio::read_mono(&item.path, SAMPLE_RATE_HZ)?;
     let n_fit = audio.samples.len() / CLIP_SAMPLES;
     if n_fit == 0 {
@@ -150,7 +224,7 @@ fn import_one(id: &str, item: &Item, options: &Options) -> Result<(Vec<Entry>, V
         };
         let id = format!("{id}-{k:03}");
         let path = format!("wav/{id}.wav");
-        clips::store(&options.out.join(&path), samples)?;
+        clips::store(&dir.join(&path), samples)?;
         let mut attributes = Map::new();
         attributes.insert("file".into(), json!(item.path.file_name().unwrap_or_default().to_string_lossy()));
         attributes.insert("gain_db".into(), json!((100.0 * gain_db).round() / 100.0));
@@ -343,7 +417,7 @@ mod tests {
                 &AtomicBool::new(false),
             ));
             assert!(got.contains(want), "{got}");
-            assert!(!dir.path().join("o/manifest.jsonl").exists());
+            assert!(!dir.path().join("o").exists());
         }
         let long = format!("path,caption\na.wav,{}\n", "la ".repeat(400));
         fs::write(dir.path().join("l.csv"), long).unwrap();
@@ -366,9 +440,34 @@ mod tests {
         write(&from.join("short.wav"), 6.0, 0.0);
         let got = message(import(&options(from.clone(), &out), &AtomicBool::new(false)));
         assert!(got.contains("is silent"), "{got}");
+        assert!(!out.exists(), "the clips of the good file are not left behind");
         let skipping = Options { skip_bad: true, ..options(from, &out) };
         let summary = import(&skipping, &AtomicBool::new(false)).unwrap();
         assert_eq!((summary.n_clips, summary.left_out.len()), (1, 1));
+    }
+
+    #[test]
+    fn an_import_of_other_files_is_never_overwritten() {
+        let dir = tempfile::tempdir().unwrap();
+        let (a, b, out) = (dir.path().join("a"), dir.path().join("b"), dir.path().join("out"));
+        for from in [&a, &b] {
+            fs::create_dir_all(from).unwrap();
+        }
+        write(&a.join("one.wav"), 6.0, 0.3);
+        write(&b.join("two.wav"), 6.0, 0.3);
+        let run = |from: &Path| import(&options(from.to_owned(), &out), &AtomicBool::new(false));
+        run(&a).unwrap();
+        let before = fs::read(out.join("manifest.jsonl")).unwrap();
+        run(&a).unwrap(); // the same files again are fine
+        assert_eq!(fs::read(out.join("manifest.jsonl")).unwrap(), before);
+        let got = message(run(&b));
+        assert!(got.contains("holds clips of other files, among them `one`"), "{got}");
+        // One file of an import that went well before turns bad: the clips of before stay.
+        write(&a.join("three.wav"), 1.0, 0.3);
+        assert!(message(run(&a)).contains("too short"));
+        assert_eq!(fs::read(out.join("manifest.jsonl")).unwrap(), before);
+        assert_eq!(fs::read_dir(&out).unwrap().count(), 2, "manifest and wav/ only");
+        assert_eq!(fs::read_dir(out.join("wav")).unwrap().count(), 1);
     }
 
     #[test]

@@ -89,8 +89,8 @@ pub fn split_of(piece: &str) -> Split {
 /// `attributes` as JSON or absent).
 ///
 /// # Errors
-/// If the file is missing or unreadable, or a line has a missing, unknown or ill-typed field, an absolute path or one
-/// that leaves the folder, or an id seen before; the message names file, line and field.
+/// If the file is missing or unreadable, or a line has a missing, unknown or ill-typed field, an empty caption, an
+/// absolute path or one that leaves the folder, or an id seen before; the message names file, line and field.
 pub fn read_manifest(path: &Path) -> Result<Vec<Entry>> {
     let text = read_text(path, "manifest")?;
     let entries = if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("csv")) {
@@ -116,6 +116,9 @@ pub fn read_manifest(path: &Path) -> Result<Vec<Entry>> {
         let refuse = |detail: String| Error::Line { path: path.to_path_buf(), line: *line, detail };
         if let Some(first) = seen.insert(entry.id.as_str(), line) {
             return Err(refuse(format!("`id` must be unique, found `{}` also on line {first}", entry.id)));
+        }
+        if entry.caption.trim().is_empty() {
+            return Err(refuse("`caption`: expected words, found nothing".into()));
         }
         let relative = Path::new(&entry.path);
         if !relative.components().all(|c| matches!(c, std::path::Component::Normal(_)))
@@ -292,6 +295,10 @@ mod tests {
             (to_line(&entry("a")) + "{\"id\": 3}\n", "line 2"),
             (to_line(&entry("a")).replace("\"caption\"", "\"captoin\""), "unknown field `captoin`"),
             (to_line(&entry("a")) + &to_line(&entry("a")), "`id` must be unique, found `a` also on line 1"),
+            (
+                to_line(&entry("a")).replace("a slow air, on solo flute", " "),
+                "line 1: `caption`: expected words, found nothing",
+            ),
             (
                 to_line(&entry("a")).replace("wav/a.wav", "../a.wav"),
                 "`path` must lie inside the manifest's folder",
