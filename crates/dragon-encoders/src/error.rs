@@ -20,7 +20,7 @@ pub enum Error {
     },
     /// The clip is too short to say anything about.
     #[error(
-        "the clip has {found} samples, at least {expected} are needed (a tenth of the encoder's window of {window})"
+        "the clip is too short: expected at least {expected} samples (a tenth of the encoder's window of {window}), found {found}\nhint: leave it out, or use a longer recording"
     )]
     TooShort {
         /// Smallest number of samples accepted.

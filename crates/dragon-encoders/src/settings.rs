@@ -313,7 +313,7 @@ mod tests {
         let error = windows(&song[..9], 100, 100, &Setting::MA).unwrap_err().to_string();
         assert_eq!(
             error,
-            "the clip has 9 samples, at least 10 are needed (a tenth of the encoder's window of 100)"
+            "the clip is too short: expected at least 10 samples (a tenth of the encoder's window of 100), found 9\nhint: leave it out, or use a longer recording"
         );
     }
 

@@ -15,7 +15,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use dragon_diffusion::{Model, TextCond};
 use dragon_encoders::t5::{self, T5Encoder};
-use dragon_encoders::tokenizer::{Tokenizer, TooLong};
+use dragon_encoders::tokenizer::{self, Tokenizer, TooLong};
 use dragon_nn::Params;
 use dragon_vae::AudioVae;
 use serde::de::DeserializeOwned;
@@ -58,12 +58,7 @@ impl Bundle {
     /// If a file is missing or broken, or the parts do not fit each other.
     pub fn load(dir: &Path, device: &Device) -> Result<Self> {
         if !dir.is_dir() {
-            return Err(Error::Data {
-                problem: format!("there is no model folder `{}`", dir.display()),
-                hint:
-                    "a model folder holds vae/, t5/, dit/ and bundle.json; the shipped one is fixtures/tiny"
-                        .into(),
-            });
+            return Err(no_bundle(dir));
         }
         let info: Info = read_json(&dir.join("bundle.json"))?;
         let vae_config: dragon_vae::Config = read_json(&dir.join("vae/config.json"))?;
@@ -218,9 +213,9 @@ fn load_weights(params: &Params, path: &Path) -> Result<()> {
     if !path.exists() {
         return Err(Error::io("read", path)(std::io::ErrorKind::NotFound.into()));
     }
-    params
-        .load(path)
-        .map_err(Error::input("cannot load weights (was this checkpoint trained with another config?)"))
+    params.load(path).map_err(Error::input(
+        "cannot load weights\nhint: take config.json and model.safetensors from one training",
+    ))
 }
 
 /// Reads a JSON file into `T`.
@@ -251,8 +246,9 @@ impl TextStates {
     /// If a file is missing or broken, or they do not fit each other.
     pub fn load(dir: &Path, max_tokens: usize, device: &Device) -> Result<Self> {
         let config: t5::Config = read_json(&dir.join("config.json"))?;
-        let tokenizer =
-            Tokenizer::load(dir.join("tokenizer.json")).map_err(Error::input("cannot load the tokenizer"))?;
+        let tokenizer = Tokenizer::load(dir.join("tokenizer.json")).map_err(Error::input(
+            "cannot load the tokenizer\nhint: take tokenizer.json from the model's own training",
+        ))?;
         if tokenizer.vocab_size() > config.vocab_size {
             return Err(Error::Content {
                 path: dir.to_owned(),
@@ -295,6 +291,50 @@ impl TextStates {
             masks.push(tokens.mask);
         }
         Ok(TextCond { states: Tensor::cat(&states, 0)?, mask: Tensor::cat(&masks, 0)? })
+    }
+}
+
+/// Checks that a model folder's text encoder reads each prompt whole; reads its tokenizer only, no weights.
+///
+/// # Errors
+/// For the first prompt that is empty or has more tokens than the model reads, and if a file is missing or broken.
+pub fn check_prompts<S: AsRef<str>>(bundle: &Path, prompts: impl IntoIterator<Item = S>) -> Result<()> {
+    if !bundle.is_dir() {
+        return Err(no_bundle(bundle));
+    }
+    let info: Info = read_json(&bundle.join("bundle.json"))?;
+    let tokenizer = Tokenizer::load(bundle.join("t5/tokenizer.json")).map_err(Error::input(
+        "cannot load the tokenizer\nhint: take tokenizer.json from the model's own training",
+    ))?;
+    for (i, prompt) in prompts.into_iter().enumerate() {
+        let prompt = prompt.as_ref();
+        if prompt.trim().is_empty() {
+            return Err(Error::Data {
+                problem: format!("prompt {} is empty", i + 1),
+                hint: "say what should be heard, e.g. \"a slow harp melody\"".into(),
+            });
+        }
+        match tokenizer.encode(prompt, info.max_tokens, TooLong::Error) {
+            Ok(_) => {}
+            Err(tokenizer::Error::TooLong { n_tokens, max_tokens, .. }) => {
+                return Err(Error::Data {
+                    problem: format!(
+                        "prompt {} is too long: expected at most {max_tokens} tokens, found {n_tokens}\n  {prompt:?}",
+                        i + 1
+                    ),
+                    hint: "shorten it: a token is about a word, and the model would not see the end".into(),
+                });
+            }
+            Err(err) => return Err(Error::input(format!("prompt {}", i + 1))(err)),
+        }
+    }
+    Ok(())
+}
+
+fn no_bundle(dir: &Path) -> Error {
+    Error::Data {
+        problem: format!("there is no model folder `{}`", dir.display()),
+        hint: "a model folder holds vae/, t5/, dit/ and bundle.json; the shipped one is fixtures/tiny".into(),
     }
 }
 

@@ -16,7 +16,10 @@ pub fn device(name: &str) -> Result<Device> {
         _ => None,
     };
     let Some(gpu) = gpu else {
-        return Err(Error::config("device", "`cpu`, `cuda` or `cuda:N`", format!("`{name}`")));
+        return Err(Error::Data {
+            problem: format!("there is no device `{name}`: expected `cpu`, `cuda` or `cuda:N`"),
+            hint: "leave --device out for the CPU".into(),
+        });
     };
     if !candle_core::utils::cuda_is_available() {
         return Err(Error::Data {

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
+use dragon_audio::Clip;
 use dragon_encoders::{AudioEncoder, Embeddings, Setting};
 use dragon_metrics::files::{write_embeddings, write_stats};
 use dragon_metrics::{GaussianStats, Rows};
@@ -31,8 +32,15 @@ pub struct SongEmbeddings {
 /// The audio files of a folder and its subfolders, by ending, sorted by path; or the one file itself.
 ///
 /// # Errors
-/// If the path does not exist, a folder cannot be read, or no file is found.
+/// If the path does not exist, a folder cannot be read, no file is found, or one is seen to be unusable without
+/// decoding it (empty, mislabelled, truncated; see [`dragon_audio::check`]).
 pub fn audio_files(path: &Path) -> Result<Vec<PathBuf>> {
+    let found = find_files(path)?;
+    found.iter().try_for_each(|file| dragon_audio::check(file)).map_err(Error::input("cannot use a file"))?;
+    Ok(found)
+}
+
+fn find_files(path: &Path) -> Result<Vec<PathBuf>> {
     if path.is_file() {
         return Ok(vec![path.to_owned()]);
     }
@@ -89,11 +97,31 @@ pub fn embed_files(
 }
 
 fn embed_file(encoder: &dyn AudioEncoder, setting: &Setting, path: &Path) -> Result<SongEmbeddings> {
-    let clip =
-        dragon_audio::read_mono(path, encoder.sample_rate_hz()).map_err(Error::input("cannot embed"))?;
+    let clip = read_song(path, encoder.sample_rate_hz(), encoder.window_samples().div_ceil(10))?;
     let context = || format!("cannot embed `{}`", path.display());
     let embeddings = encoder.embed_clip(&clip.samples, setting).map_err(Error::input(context()))?;
     Ok(SongEmbeddings { path: path.to_owned(), rows: rows(&embeddings).map_err(Error::input(context()))? })
+}
+
+/// Reads a song that is to be embedded, mixed to mono. A file must hold something to hear: one silent file among the
+/// exemplars would bend their statistics unnoticed. (A generation may be silent; it is scored as it is.)
+///
+/// # Errors
+/// If the file cannot be read, is silent, or has fewer than `least` samples at `sample_rate_hz`.
+pub fn read_song(path: &Path, sample_rate_hz: u32, least: usize) -> Result<Clip> {
+    let read = || -> dragon_audio::Result<Clip> {
+        let clip = dragon_audio::read_mono(path, sample_rate_hz)?;
+        if clip.samples.len() < least {
+            return Err(dragon_audio::Error::TooShort {
+                path: path.to_owned(),
+                expected_s: least as f64 / f64::from(sample_rate_hz),
+                found_s: clip.duration_s(),
+            });
+        }
+        clip.check_sound(path)?;
+        Ok(clip)
+    };
+    read().map_err(Error::input("cannot use a file"))
 }
 
 /// Embeddings as the metrics take them.
@@ -203,10 +231,24 @@ mod tests {
         assert!(err.contains("holds no audio"), "{err}");
         assert!(audio_files(&dir.path().join("missing")).is_err());
 
+        let silent = dir.path().join("silent.wav");
+        let clip = Clip { samples: vec![0.0; 8000], sample_rate_hz: 8000 };
+        dragon_audio::write_wav(&silent, &clip, dragon_audio::SampleFormat::Int16).unwrap();
+        let short = dir.path().join("short.wav");
+        tone(&short, 0.04);
+        for (path, part) in [
+            (silent, "silent.wav` is silent: expected a level above -80 dBFS"),
+            (short, "short.wav` is too short: expected at least 0.05 s, found 0.04 s"),
+        ] {
+            let err = embed_files(&Toy, &Setting::MA, &[path], &RunContext::new(dir.path())).unwrap_err();
+            assert!(err.to_string().contains(part), "{err}");
+        }
         let path = dir.path().join("broken.wav");
         std::fs::write(&path, "not audio").unwrap();
         let err = embed_files(&Toy, &Setting::MA, &[path], &RunContext::new(dir.path())).unwrap_err();
         assert!(err.to_string().contains("broken.wav"), "{err}");
         assert_eq!(err.exit_code(), 1);
+        let err = audio_files(dir.path()).unwrap_err().to_string();
+        assert!(err.contains("broken.wav` is mislabelled"), "{err}");
     }
 }

@@ -89,6 +89,9 @@ impl EmbedConfig {
                 if !path.exists() {
                     return Err(Error::io("read", path)(std::io::ErrorKind::NotFound.into()));
                 }
+                if matches!(exemplars, Exemplars::Audio { .. }) {
+                    embed::audio_files(path)?; // looks at each file
+                }
             }
         }
         Ok(())
@@ -116,10 +119,14 @@ impl Encoder {
     fn load(cfg: &EncoderConfig, device: &Device) -> Result<Self> {
         Ok(match cfg {
             EncoderConfig::Musicnn { weights } => {
-                Encoder::Audio(Box::new(Musicnn::load(weights).map_err(Error::input("cannot load musicnn"))?))
+                Encoder::Audio(Box::new(Musicnn::load(weights).map_err(Error::input(
+                    "cannot load musicnn\nhint: the shipped weights are builtin:musicnn/mtt_musicnn.safetensors",
+                ))?))
             }
             EncoderConfig::Clap { dir } => Encoder::Clap(Box::new(
-                ClapEncoder::load(dir, device).map_err(Error::input("cannot load CLAP"))?,
+                ClapEncoder::load(dir, device).map_err(Error::input(
+                    "cannot load CLAP\nhint: name a folder with config.json, model.safetensors and tokenizer.json of one training",
+                ))?,
             )),
             EncoderConfig::Vae => Encoder::Vae,
         })
@@ -335,8 +342,7 @@ fn reencode(bundle: &Bundle, batch: &Batch) -> Result<Vec<Embeddings>> {
 }
 
 fn latents_of(file: &Path, bundle: &Bundle) -> Result<Rows> {
-    let clip =
-        dragon_audio::read_mono(file, bundle.sample_rate_hz()).map_err(Error::input("cannot embed"))?;
+    let clip = embed::read_song(file, bundle.sample_rate_hz(), bundle.vae.config().hop())?;
     let (clips, sample_rate_hz) = ([clip.samples], clip.sample_rate_hz);
     let batch = Batch { clips: &clips, sample_rate_hz, latents: None, captions: None, bundle: Some(bundle) };
     let context = format!("cannot embed `{}`", file.display());

@@ -20,7 +20,9 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A key of the config has a value that cannot work.
-    #[error("config key `{key}`: expected {expected}, found {found}")]
+    #[error(
+        "config key `{key}`: expected {expected}, found {found}\nhint: correct it in the config, or with --set; docs/config.md explains the keys"
+    )]
     Config {
         /// Path of the key, `train.steps`.
         key: String,
@@ -124,6 +126,10 @@ pub enum Error {
 fn disk_hint(source: &std::io::Error) -> &'static str {
     match source.kind() {
         std::io::ErrorKind::StorageFull => "\nhint: the disk is full; what was saved before is still whole",
+        std::io::ErrorKind::FileTooLarge | std::io::ErrorKind::QuotaExceeded => {
+            "\nhint: a limit on disk space or file size is reached (`ulimit -f`, `quota`); what was saved before is still whole"
+        }
+        std::io::ErrorKind::PermissionDenied => "\nhint: check the permissions, or name another place",
         std::io::ErrorKind::NotFound => "\nhint: check the path",
         _ => "",
     }
@@ -156,10 +162,23 @@ impl Error {
         Error::Config { key: key.to_owned(), expected: expected.to_string(), found: found.to_string() }
     }
 
-    /// Wraps the error of another crate: something the user gave was refused.
+    /// Wraps the error of another crate: something the user gave was refused. The context may end with a line `hint: …`.
     pub fn input<E: std::fmt::Display>(context: impl Into<String>) -> impl FnOnce(E) -> Error {
         let context = context.into();
-        move |err| Error::Input { context, message: err.to_string().replace('\n', "\n  ") }
+        move |err| {
+            // Hints of both go to the end.
+            let err = err.to_string();
+            let is_hint = |line: &&str| line.trim_start().starts_with("hint:");
+            let plain = |text: &str, indent: &str| {
+                let lines: Vec<&str> = text.lines().filter(|line| !is_hint(line)).collect();
+                lines.join(&format!("\n{indent}"))
+            };
+            let mut message = plain(&err, "  ");
+            for hint in context.lines().chain(err.lines()).filter(is_hint) {
+                message += &format!("\n{}", hint.trim_start());
+            }
+            Error::Input { context: plain(&context, ""), message }
+        }
     }
 
     /// The exit code of a command that ends with this error: 1 if the user can mend it, 2 if it is a bug of ours.
@@ -167,6 +186,27 @@ impl Error {
         match self {
             Error::Tensor(_) | Error::Bug(_) => 2,
             _ => 1,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hints_of_an_inner_error_come_last_and_every_error_of_a_disk_has_one() {
+        let inner = "`a.wav` is empty: expected audio, found 0 bytes\nhint: was its copy interrupted?";
+        let err = Error::input("cannot embed\nhint: leave it out")(inner);
+        assert_eq!(
+            err.to_string(),
+            "cannot embed\n  `a.wav` is empty: expected audio, found 0 bytes\nhint: leave it out\nhint: was its copy interrupted?"
+        );
+        use std::io::ErrorKind::{FileTooLarge, PermissionDenied, QuotaExceeded, StorageFull};
+        for kind in [FileTooLarge, PermissionDenied, QuotaExceeded, StorageFull] {
+            let err = Error::io("write", Path::new("x"))(kind.into());
+            assert!(err.to_string().contains("\nhint: "), "{err}");
+            assert_eq!(err.exit_code(), 1);
         }
     }
 }

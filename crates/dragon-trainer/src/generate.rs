@@ -34,7 +34,7 @@ pub struct GenerateConfig {
 /// Generates the prompts and writes `OUT/NNN-words-of-the-prompt.wav`, 16-bit; gives the files in order.
 ///
 /// # Errors
-/// If a prompt is empty, a file is missing or broken, or nothing can be written.
+/// If a prompt is empty or longer than the model reads, a file is missing or broken, or nothing can be written.
 pub fn run(cfg: &GenerateConfig, ctx: &RunContext) -> Result<Vec<PathBuf>> {
     for (key, value) in
         [("batch", cfg.batch), ("variants", cfg.variants), ("sampler.n_steps", cfg.sampler.n_steps)]
@@ -45,7 +45,14 @@ pub fn run(cfg: &GenerateConfig, ctx: &RunContext) -> Result<Vec<PathBuf>> {
     }
     cfg.sampler.guidance.check().map_err(Error::input("sampler.guidance"))?;
     if cfg.prompts.is_empty() {
-        return Err(Error::Data { problem: "there is no prompt".into(), hint: "give at least one".into() });
+        return Err(Error::Data {
+            problem: "there is no prompt".into(),
+            hint: "say what should be heard: dragon generate \"a slow harp melody\"".into(),
+        });
+    }
+    bundle::check_prompts(&cfg.bundle, &cfg.prompts)?;
+    if let Some(tuned) = &cfg.tuned {
+        tuned_dir(tuned)?;
     }
     let bundle = Bundle::load(&cfg.bundle, &ctx.device)?;
     let model = model_of(&bundle, cfg.tuned.as_deref())?;

@@ -3,8 +3,9 @@
 //! Read in this order: [`finetune`] (the DRAGON loop), [`losses`] (what it learns from D+ and D-), [`rollout`] and
 //! [`embedder`] (from prompts to what a reward sees), [`bundle`] (model folders); [`pretrain`] (the
 //! [`pretrain::Task`] trait and the loop all trainings share), [`run`] and [`checkpoint`] (run folders, exact resume),
-//! [`tensorboard`]; [`eval`] with [`report`], [`card`], [`generate`], [`embed`].
+//! [`tensorboard`]; [`eval`] with [`report`], [`card`], [`generate`], [`embed`]; [`bench`] (how fast the parts are).
 
+pub mod bench;
 pub mod bundle;
 pub mod card;
 pub mod checkpoint;

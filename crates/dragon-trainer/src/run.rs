@@ -95,25 +95,34 @@ struct Versions<'a> {
     kind: &'a str,
 }
 
-/// An open, locked run folder.
+/// An open, locked run folder. Nothing but the lock is written before [`RunFolder::rewind`] starts the run: an error on
+/// the way there, such as a broken model folder, leaves no run behind that would have to be resumed or removed.
 pub struct RunFolder {
     dir: PathBuf,
-    metrics: File,
+    run_toml: String,
     metrics_path: PathBuf,
-    events: tensorboard::Writer,
+    files: Option<Files>, // once the run has started
     config_sha256: String,
-    _lock: File, // released when the file closes, also by a kill
+    created: bool, // whether the folder was not there before
+    _lock: File,   // released when the file closes, also by a kill
+}
+
+/// What a started run writes to.
+struct Files {
+    metrics: File,
+    events: tensorboard::Writer,
 }
 
 impl RunFolder {
-    /// Opens the folder of a run: takes the lock, and writes `run.toml` or compares it when the run continues.
-    /// `kind` is the command (`finetune`, `pretrain dit`). The table `run` of the config (steps, intervals) may
-    /// change between the parts of one run; nothing else may.
+    /// Opens the folder of a run: takes the lock, and compares `run.toml` when the run continues. `kind` is the command
+    /// (`finetune`, `pretrain dit`). The table `run` of the config (steps, intervals) may change between the parts of
+    /// one run; nothing else may.
     ///
     /// # Errors
     /// If another run holds the folder, if it holds a run and `resume` is off, or if the config differs.
     pub fn open<C: Serialize>(ctx: &RunContext, kind: &str, config: &C) -> Result<Self> {
         let dir = ctx.out_dir.clone();
+        let created = !dir.exists();
         fs::create_dir_all(&dir).map_err(Error::io("create", &dir))?;
         let lock = lock(&dir)?;
         let config =
@@ -133,19 +142,10 @@ impl RunFolder {
             command: &ctx.command,
             kind,
         };
-        let text = toml::to_string(&RunToml { dragon: versions, config: &config })
+        let run_toml = toml::to_string(&RunToml { dragon: versions, config: &config })
             .map_err(|err| Error::Bug(format!("run.toml: {err}")))?;
-        write_atomic(&run_toml, text.as_bytes())?;
         let metrics_path = dir.join("metrics.jsonl");
-        let metrics = File::options()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .open(&metrics_path)
-            .map_err(Error::io("open", &metrics_path))?;
-        let events = tensorboard::Writer::create(&dir, 0)?;
-        Ok(Self { dir, metrics, metrics_path, events, config_sha256, _lock: lock })
+        Ok(Self { dir, run_toml, metrics_path, files: None, config_sha256, created, _lock: lock })
     }
 
     /// The folder.
@@ -163,13 +163,21 @@ impl RunFolder {
         &self.config_sha256
     }
 
-    /// Cuts `metrics.jsonl` back to `len` bytes: what was logged after the checkpoint is logged again.
+    /// Starts the run at step `next_step`: writes `run.toml` and cuts `metrics.jsonl` back to `len` bytes, so that what
+    /// was logged after the checkpoint is logged again.
     ///
     /// # Errors
-    /// If the file is shorter than that, or cannot be changed.
+    /// If the file is shorter than that, or something cannot be written.
     pub fn rewind(&mut self, len: u64, next_step: usize) -> Result<()> {
         let io = |err| Error::io("write", &self.metrics_path)(err);
-        let found = self.metrics.metadata().map_err(io)?.len();
+        let mut metrics = File::options()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .open(&self.metrics_path)
+            .map_err(io)?;
+        let found = metrics.metadata().map_err(io)?.len();
         if found < len {
             return Err(Error::Resume {
                 path: self.dir.clone(),
@@ -178,12 +186,16 @@ impl RunFolder {
                 ),
             });
         }
-        self.metrics.set_len(len).map_err(io)?;
-        self.metrics.seek(std::io::SeekFrom::End(0)).map_err(io)?;
-        if next_step > 0 {
-            self.events = tensorboard::Writer::create(&self.dir, next_step)?;
-        }
+        write_atomic(&self.dir.join("run.toml"), self.run_toml.as_bytes())?;
+        metrics.set_len(len).map_err(io)?;
+        metrics.seek(std::io::SeekFrom::End(0)).map_err(io)?;
+        let events = tensorboard::Writer::create(&self.dir, next_step)?;
+        self.files = Some(Files { metrics, events });
         Ok(())
+    }
+
+    fn files(&mut self) -> Result<&mut Files> {
+        self.files.as_mut().ok_or_else(|| Error::Bug("a run was logged before it started".to_owned()))
     }
 
     /// Length of `metrics.jsonl`, in bytes.
@@ -191,13 +203,16 @@ impl RunFolder {
     /// # Errors
     /// If its metadata cannot be read.
     pub fn metrics_len(&self) -> Result<u64> {
-        Ok(self.metrics.metadata().map_err(Error::io("read", &self.metrics_path))?.len())
+        match &self.files {
+            Some(files) => Ok(files.metrics.metadata().map_err(Error::io("read", &self.metrics_path))?.len()),
+            None => Ok(0),
+        }
     }
 
     /// Logs the numbers of one step to `metrics.jsonl` and TensorBoard; a number that is not finite becomes `null`.
     ///
     /// # Errors
-    /// If a file cannot be written.
+    /// If a file cannot be written; then no half line stays in `metrics.jsonl`.
     pub fn log(&mut self, step: usize, values: &[(String, f64)]) -> Result<()> {
         let mut line = format!("{{\"step\":{step}");
         for (name, value) in values {
@@ -206,8 +221,14 @@ impl RunFolder {
             line.push_str(&format!(",{name}:{value}"));
         }
         line.push_str("}\n");
-        self.metrics.write_all(line.as_bytes()).map_err(Error::io("write", &self.metrics_path))?;
-        self.events.scalars(step, values.iter().map(|(name, value)| (name.as_str(), *value)))
+        let whole = self.metrics_len()?;
+        let path = self.metrics_path.clone();
+        let files = self.files()?;
+        files.metrics.write_all(line.as_bytes()).map_err(|err| {
+            let _ = files.metrics.set_len(whole); // the error that counts is the first one
+            Error::io("write", &path)(err)
+        })?;
+        files.events.scalars(step, values.iter().map(|(name, value)| (name.as_str(), *value)))
     }
 
     /// Logs numbers for TensorBoard alone: times and rates, which differ between two equal runs.
@@ -215,7 +236,22 @@ impl RunFolder {
     /// # Errors
     /// If the file cannot be written.
     pub fn log_timing(&mut self, step: usize, values: &[(&str, f64)]) -> Result<()> {
-        self.events.scalars(step, values.iter().copied())
+        self.files()?.events.scalars(step, values.iter().copied())
+    }
+}
+
+impl Drop for RunFolder {
+    fn drop(&mut self) {
+        if self.files.is_none() && !self.dir.join("run.toml").exists() {
+            // The run never started: the folder is left as it was found. What cannot be removed does no harm.
+            let _ = fs::remove_file(self.dir.join(".lock"));
+            if fs::metadata(&self.metrics_path).is_ok_and(|file| file.len() == 0) {
+                let _ = fs::remove_file(&self.metrics_path);
+            }
+            if self.created {
+                let _ = fs::remove_dir(&self.dir);
+            }
+        }
     }
 }
 
@@ -241,10 +277,11 @@ fn lock(dir: &Path) -> Result<File> {
         }
         Err(fs::TryLockError::Error(err)) => return Err(Error::io("lock", &path)(err)),
     }
-    file.set_len(0)
-        .and_then(|()| writeln!(file, "{}", std::process::id()))
-        .map_err(Error::io("write", &path))?;
-    Ok(file)
+    let pid = format!("{}\n", std::process::id());
+    file.set_len(0).and_then(|()| file.write_all(pid.as_bytes())).map_err(Error::io("write", &path))?;
+    // A process that gives up before its run starts removes its lock file. If that happened meanwhile, this lock is on
+    // a file that nobody else will find.
+    if fs::read_to_string(&path).is_ok_and(|text| text == pid) { Ok(file) } else { lock(dir) }
 }
 
 fn config_hash(kind: &str, config: &toml::Table) -> Result<String> {
@@ -420,6 +457,10 @@ mod tests {
         assert!(text.contains(&format!("in use by process {}", std::process::id())), "{text}");
         assert!(text.contains("--out"), "{text}");
         drop(first);
+        assert!(
+            fs::read_dir(dir.path()).unwrap().next().is_none(),
+            "a run that never started leaves nothing"
+        );
         let again = RunContext { resume: true, ..ctx };
         RunFolder::open(&again, "finetune", &config()).unwrap();
     }
@@ -428,7 +469,7 @@ mod tests {
     fn a_folder_with_a_run_is_not_overwritten_and_a_changed_config_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let mut ctx = RunContext::new(dir.path());
-        drop(RunFolder::open(&ctx, "finetune", &config()).unwrap());
+        RunFolder::open(&ctx, "finetune", &config()).unwrap().rewind(0, 0).unwrap();
         let text = RunFolder::open(&ctx, "finetune", &config()).err().unwrap().to_string();
         assert!(text.contains("holds a run already") && text.contains("--resume"), "{text}");
         ctx.resume = true;
@@ -448,6 +489,7 @@ mod tests {
     fn metrics_are_cut_back_on_resume() {
         let dir = tempfile::tempdir().unwrap();
         let mut run = RunFolder::open(&RunContext::new(dir.path()), "finetune", &config()).unwrap();
+        run.rewind(0, 0).unwrap();
         run.log(0, &[("loss".to_owned(), 0.5)]).unwrap();
         let len = run.metrics_len().unwrap();
         run.log(1, &[("loss".to_owned(), f64::NAN)]).unwrap();

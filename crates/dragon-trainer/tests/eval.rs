@@ -115,7 +115,8 @@ fn a_generation_does_not_depend_on_its_batch() {
     generate_cfg.prompts[0] = "  ".into();
     let err = generate::run(&generate_cfg, &RunContext::new(dir.path().join("empty"))).unwrap_err();
     assert_eq!(err.exit_code(), 1);
-    assert!(err.to_string().contains("cannot read a prompt"), "{err}");
+    assert!(err.to_string().contains("prompt 1 is empty"), "{err}");
+    generate_cfg.prompts[0] = "a slow waltz".into();
     generate_cfg.tuned = Some(dir.path().join("nothing"));
     let err = generate::run(&generate_cfg, &RunContext::new(dir.path().join("none"))).unwrap_err();
     assert!(err.to_string().contains("holds no diffusion model"), "{err}");
@@ -154,11 +155,11 @@ fn two_folders_are_compared_song_by_song() {
     assert!(out.join("report.html").exists());
 
     // Two songs of one name have no one partner.
-    std::fs::copy(dir.path().join("a/1.wav"), dir.path().join("a/0.flac")).unwrap();
+    std::fs::copy(dir.path().join("a/1.wav"), dir.path().join("a/0.mp2")).unwrap();
     let err = eval::run_folders(&config, &RunContext::new(dir.path().join("twice"))).unwrap_err();
     assert_eq!(err.exit_code(), 1);
     assert!(err.to_string().contains("a/0.wav") && err.to_string().contains("leave one"), "{err}");
-    std::fs::remove_file(dir.path().join("a/0.flac")).unwrap();
+    std::fs::remove_file(dir.path().join("a/0.mp2")).unwrap();
 
     // Without common names the folders are two sets.
     std::fs::rename(dir.path().join("b/0.wav"), dir.path().join("b/x.wav")).unwrap();

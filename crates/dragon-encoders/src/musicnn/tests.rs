@@ -146,8 +146,7 @@ fn short_clips_repeat_and_shorter_ones_are_refused() {
     assert_eq!(model.embed_clip(&song[..20000], &FADTK).unwrap().n, 1);
     assert_eq!(model.embed_clip(&song[..20000], &Setting::MA).unwrap().n, 9);
     let error = model.embed_clip(&song[..4000], &FADTK).unwrap_err().to_string();
-    let want =
-        "the clip has 4000 samples, at least 4762 are needed (a tenth of the encoder's window of 47616)";
+    let want = "the clip is too short: expected at least 4762 samples (a tenth of the encoder's window of 47616), found 4000\nhint: leave it out, or use a longer recording";
     assert_eq!(error, want);
 }
 

@@ -89,6 +89,7 @@ impl Listener<'_> {
             }
             let audio = dragon_audio::read(file).map_err(Error::input("cannot read a song"))?;
             let clip = audio.to_mono();
+            clip.check_sound(file).map_err(Error::input("cannot compare a song"))?;
             let caption = self.needs_text.then(|| caption_of(file, self.prompts)).transpose()?;
             let captions = caption.map(|caption| [caption]);
             let clips = [clip.samples];

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use candle_core::Tensor;
+use dragon_data::Entry;
 use dragon_nn::{AdamWConfig, Rng};
 use serde::{Deserialize, Serialize};
 
@@ -255,6 +256,22 @@ pub fn run_in(
     Ok(Outcome { steps_done: next_step, finished: next_step >= cfg.steps, checkpoint: last, model_dir })
 }
 
+/// Refuses a clip whose sample rate is below the model's: resampled, it would lack the treble that the model should learn.
+///
+/// # Errors
+/// If it is; `key` is the model's rate in the config.
+pub fn check_rate(entry: &Entry, manifest: &Path, rate: u32, key: &str) -> Result<()> {
+    if entry.sample_rate_hz >= rate {
+        return Ok(());
+    }
+    let (id, found) = (&entry.id, entry.sample_rate_hz);
+    Err(Error::config(
+        key,
+        format!("at most {found} Hz, the rate of the clip `{id}` of `{}`", manifest.display()),
+        format!("{rate} Hz"),
+    ))
+}
+
 fn save(folder: &RunFolder, task: &dyn Task, next_step: usize, seed: u64, keep: usize) -> Result<PathBuf> {
     let scalars = Scalars {
         version: 1,
@@ -276,8 +293,12 @@ fn export(task: &dyn Task, dir: &Path) -> Result<()> {
             fs::remove_dir_all(leftover).map_err(Error::io("remove", leftover))?;
         }
     }
-    fs::create_dir_all(&new).map_err(Error::io("create", &new))?;
-    task.export(&new)?;
+    let written =
+        fs::create_dir_all(&new).map_err(Error::io("create", &new)).and_then(|()| task.export(&new));
+    if written.is_err() {
+        let _ = fs::remove_dir_all(&new); // the error that counts is the one above
+    }
+    written?;
     if dir.exists() {
         fs::rename(dir, &old).map_err(Error::io("replace", dir))?;
     }

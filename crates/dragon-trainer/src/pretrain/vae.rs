@@ -10,6 +10,7 @@ use dragon_vae::training::{Clips, Training, TrainingConfig};
 use serde::{Deserialize, Serialize};
 
 use super::Task;
+use crate::embed::read_song;
 use crate::error::{Error, Result};
 
 /// Settings of the pre-training of the VAE.
@@ -116,18 +117,9 @@ impl VaeTask {
                     Split::Valid => &mut valid,
                     Split::Test => continue,
                 };
-                let clip = dragon_audio::read_mono(&folder.join(&entry.path), rate)
+                super::check_rate(&entry, manifest, rate, "vae.model.sample_rate_hz")?;
+                let clip = read_song(&folder.join(&entry.path), rate, cfg.model.hop())
                     .map_err(Error::input(context()))?;
-                if clip.samples.len() < cfg.model.hop() {
-                    return Err(Error::Data {
-                        problem: format!(
-                            "clip `{}` of `{}` is shorter than a latent frame",
-                            entry.id,
-                            manifest.display()
-                        ),
-                        hint: "make the clips again with `dragon data`".to_owned(),
-                    });
-                }
                 clips.push(&clip.samples);
             }
         }
@@ -142,9 +134,10 @@ impl VaeTask {
         }
         let mut training = Training::new(&cfg.model, &cfg.training, seed, device)?;
         if let Some(dir) = &cfg.init {
-            training
-                .load_weights(dir)
-                .map_err(Error::input(format!("the VAE to start from, `{}`", dir.display())))?;
+            training.load_weights(dir).map_err(Error::input(format!(
+                "the VAE to start from, `{}`\nhint: `vae.model` must be as in that folder's config.json",
+                dir.display()
+            )))?;
         }
         let spread = |clips: &Clips, n: usize| -> Result<Vec<Tensor>> {
             let every = clips.len().div_ceil(n);

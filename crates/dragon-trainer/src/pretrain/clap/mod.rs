@@ -55,12 +55,15 @@ impl ClapTask {
     pub fn new(cfg: &ClapConfig, seed: u64, device: &Device) -> Result<Self> {
         cfg.check()?;
         let context = || "the training data of CLAP".to_owned();
-        let front_end = LogMel::new(&cfg.model.audio).map_err(Error::input("the front end of CLAP"))?;
+        let front_end = LogMel::new(&cfg.model.audio)
+            .map_err(Error::input("the front end of CLAP\nhint: correct `clap.model.audio`"))?;
         let (mut train, mut valid) = (Songs::default(), Songs::default());
         for manifest in &cfg.manifests {
             let entries = read_manifest(manifest).map_err(Error::input(context()))?;
             let folder = manifest.parent().unwrap_or(Path::new("."));
             let entries: Vec<Entry> = entries.into_iter().filter(|e| e.split != Split::Test).collect();
+            let (rate, key) = (cfg.model.audio.sample_rate_hz, "clap.model.audio.sample_rate_hz");
+            entries.iter().try_for_each(|entry| super::check_rate(entry, manifest, rate, key))?;
             let windows: Vec<_> = entries
                 .par_iter()
                 .map(|e| spectrograms(&folder.join(&e.path), &cfg.model, &front_end))

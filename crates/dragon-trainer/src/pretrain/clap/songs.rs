@@ -8,6 +8,7 @@ use dragon_encoders::clap::{self, ClapEncoder};
 use dragon_encoders::htsat::LogMel;
 use dragon_encoders::settings::peak_normalize;
 
+use crate::embed::read_song;
 use crate::error::{Error, Result};
 
 /// Steps of the 16-bit spectrograms per dB: ±163 dB in steps of 0.005.
@@ -45,11 +46,9 @@ pub(super) fn spectrograms(
     config: &clap::Config,
     front_end: &LogMel,
 ) -> std::result::Result<Vec<Vec<i16>>, String> {
-    let clip = dragon_audio::read_mono(path, config.audio.sample_rate_hz).map_err(|e| e.to_string())?;
-    let (found, expected) = (clip.samples.len(), config.audio.clip_samples);
-    if found < expected {
-        return Err(format!("`{}` has {found} samples, the audio branch reads {expected}", path.display()));
-    }
+    let expected = config.audio.clip_samples;
+    let clip = read_song(path, config.audio.sample_rate_hz, expected).map_err(|e| e.to_string())?;
+    let found = clip.samples.len();
     let n = if found == expected { 1 } else { WINDOWS };
     let window = |i: usize| {
         let start = (found - expected) * i / (n - 1).max(1);

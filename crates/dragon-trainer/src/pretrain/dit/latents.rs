@@ -13,7 +13,9 @@ use dragon_nn::write_safetensors;
 use dragon_vae::AudioVae;
 use sha2::{Digest, Sha256};
 
+use super::super::check_rate;
 use super::DataConfig;
+use crate::embed::read_song;
 use crate::error::{Error, Result};
 use crate::run::{RunContext, hex};
 
@@ -77,6 +79,8 @@ pub fn latents(cfg: &DataConfig, entries: &[&Entry], device: &Device, ctx: &RunC
     let vae_hash = hex(&vae_hash.finalize());
     std::fs::create_dir_all(&cfg.cache).map_err(Error::io("create", &cfg.cache))?;
     let folder = cfg.manifest.parent().unwrap_or(Path::new("."));
+    let rate = vae_config.sample_rate_hz;
+    entries.iter().try_for_each(|clip| check_rate(clip, &cfg.manifest, rate, "data.vae"))?;
     let mut all = Vec::new();
     let n_shards = entries.len().div_ceil(SHARD_CLIPS);
     let mut n_encoded = 0;
@@ -134,19 +138,10 @@ fn encode_clips(
         let mut samples = Vec::with_capacity(group.len() * n_samples);
         for clip in group {
             let path = folder.join(&clip.path);
-            let audio = dragon_audio::read_mono(&path, config.sample_rate_hz)
-                .map_err(Error::input(format!("cannot use clip `{}`", clip.id)))?;
-            if audio.samples.len() < n_samples {
-                return Err(Error::Data {
-                    problem: format!(
-                        "clip `{}` has {} samples at {} Hz, {n_samples} are needed for {n_frames} latent frames",
-                        clip.id,
-                        audio.samples.len(),
-                        config.sample_rate_hz
-                    ),
-                    hint: "lower `data.n_frames`, or take the clip out of the manifest".into(),
-                });
-            }
+            let audio = read_song(&path, config.sample_rate_hz, n_samples).map_err(Error::input(format!(
+                "cannot use clip `{}` for {n_frames} latent frames (`data.n_frames`)",
+                clip.id
+            )))?;
             for _ in 0..config.audio_channels {
                 samples.extend_from_slice(&audio.samples[..n_samples]);
             }
