@@ -18,7 +18,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// DRAGON: fine-tunes text-to-music diffusion models towards a reward, and measures them
 #[derive(Parser)]
-#[command(name = "dragon", version, propagate_version = true, max_term_width = 110)]
+#[command(name = "dragon", version, propagate_version = true, term_width = 110)]
 struct Cli {
     /// Say more on stderr (-v: debug messages)
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
@@ -66,7 +66,7 @@ fn main() -> ExitCode {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(err)) => {
             eprintln!("error: {}", message(&err));
-            ExitCode::from(1)
+            ExitCode::from(err.downcast_ref::<dragon_trainer::Error>().map_or(1, |err| err.exit_code()))
         }
         Err(_) => {
             eprintln!("error: this is a bug in dragon; the lines above say where");
@@ -75,18 +75,58 @@ fn main() -> ExitCode {
     }
 }
 
-/// The chain of causes, one a line, without repeating what a cause already says.
+/// The chain of causes, one a line, without repeating what a cause already says; hints come last, at the margin.
 fn message(err: &anyhow::Error) -> String {
-    let mut text = String::new();
-    for cause in err.chain() {
-        let line = cause.to_string();
-        if text.contains(&line) {
+    let mut lines: Vec<String> = Vec::new();
+    let mut hints: Vec<String> = Vec::new();
+    for (depth, cause) in err.chain().enumerate() {
+        let cause = cause.to_string();
+        if depth > 0 && lines.iter().any(|line| line.contains(cause.lines().next().unwrap_or_default())) {
             continue;
         }
-        if !text.is_empty() {
-            text.push_str("\n  ");
+        for line in cause.lines() {
+            if line.trim_start().starts_with("hint:") {
+                hints.push(line.trim_start().to_owned());
+            } else if depth > 0 {
+                lines.push(format!("  {line}"));
+            } else {
+                lines.push(line.to_owned());
+            }
         }
-        text.push_str(&line);
     }
-    text
+    // What the system says about a full disk or a limit comes through crates that know nothing of hints.
+    let full = |code: &str| lines.iter().any(|line| line.contains(code));
+    if hints.is_empty() && (full("(os error 28)") || full("(os error 122)") || full("(os error 27)")) {
+        hints.push("hint: make room, or lift the limit on disk space or file size; what was saved before is still whole".into());
+    }
+    if hints.is_empty() && full("(os error 13)") {
+        hints.push("hint: check the permissions, or name another place".into());
+    }
+    hints.dedup();
+    lines.extend(hints);
+    lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_names_each_cause_once_and_ends_with_the_hint() {
+        let inner =
+            anyhow::anyhow!("`x.wav` is empty: expected audio, found 0 bytes\n  hint: fetch it again");
+        let err = inner.context("cannot embed");
+        assert_eq!(
+            message(&err),
+            "cannot embed\n  `x.wav` is empty: expected audio, found 0 bytes\nhint: fetch it again"
+        );
+        let again = err.context("cannot embed");
+        assert_eq!(message(&again).matches("cannot embed").count(), 1);
+    }
+
+    #[test]
+    fn the_arguments_make_sense() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
 }

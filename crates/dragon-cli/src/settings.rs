@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use toml::{Table, Value};
 
@@ -14,6 +15,8 @@ pub const PRESETS: &[(&str, &str)] = &[
     ("pretrain/vae", include_str!("../presets/pretrain/vae.toml")),
     ("pretrain/clap", include_str!("../presets/pretrain/clap.toml")),
     ("pretrain/dit", include_str!("../presets/pretrain/dit.toml")),
+    ("generate/default", include_str!("../presets/generate/default.toml")),
+    ("embed/default", include_str!("../presets/embed/default.toml")),
 ];
 
 /// Paths in a config that start with this word lie in the folder of shipped files, see [`shipped`].
@@ -39,6 +42,11 @@ pub fn path(given: &str) -> PathBuf {
     }
 }
 
+/// A path as a TOML string.
+pub fn quoted(path: &Path) -> String {
+    Value::String(path.to_string_lossy().into_owned()).to_string()
+}
+
 /// Replaces every `builtin:…` in the config by its path.
 fn expand(value: &mut Value) {
     match value {
@@ -53,26 +61,40 @@ fn expand(value: &mut Value) {
 ///
 /// # Errors
 /// If the file cannot be read, is not TOML, or the result does not fit `T`: an unknown key, a wrong type.
-pub fn resolve<T: DeserializeOwned>(preset: &str, file: Option<&Path>, overrides: &[String]) -> Result<T> {
-    let origin = file.map_or_else(|| format!("preset `{preset}`"), |path| path.display().to_string());
-    read(table(preset, file, overrides)?, &origin)
+pub fn resolve<T: DeserializeOwned + Serialize>(
+    preset: &str,
+    file: Option<&Path>,
+    overrides: &[String],
+) -> Result<T> {
+    read(table(preset, file, overrides)?, &origin(preset, file, overrides))
+}
+
+/// What a config was made of, for messages.
+pub fn origin(preset: &str, file: Option<&Path>, overrides: &[String]) -> String {
+    let mut text = match file {
+        Some(path) => format!("the config `{}`", path.display()),
+        None => format!("preset `{preset}`"),
+    };
+    if !overrides.is_empty() {
+        text += &format!(" with --set {}", overrides.join(" --set "));
+    }
+    text
 }
 
 /// The preset (or the file) as a table, with the overrides applied and shipped paths resolved.
 ///
 /// # Errors
-/// If the file cannot be read or is not TOML, or an override names no key.
+/// If the file cannot be read or is not TOML, or an override has no form. Whether its key exists is found by [`read`].
 pub fn table(preset: &str, file: Option<&Path>, overrides: &[String]) -> Result<Table> {
-    let (origin, text) = match file {
-        Some(path) => {
-            let text = std::fs::read_to_string(path)
-                .with_context(|| format!("cannot read the config `{}`", path.display()))?;
-            (path.display().to_string(), text)
-        }
-        None => (format!("preset `{preset}`"), preset_text(preset)?.to_owned()),
+    let text = match file {
+        Some(path) => std::fs::read_to_string(path).with_context(|| {
+            format!("cannot read the config `{}`\nhint: check the path; it is a TOML file", path.display())
+        })?,
+        None => preset_text(preset)?.to_owned(),
     };
-    let mut table: Table =
-        text.parse().map_err(|err: toml::de::Error| anyhow!("{origin} is not valid TOML\n{err}"))?;
+    let mut table: Table = text.parse().map_err(|err: toml::de::Error| {
+        anyhow!("{} is not valid TOML\n{}\nhint: a text needs quotes; the presets in crates/dragon-cli/presets show the form", origin(preset, file, &[]), err.to_string().trim_end())
+    })?;
     for item in overrides {
         apply(&mut table, item)?;
     }
@@ -83,24 +105,74 @@ pub fn table(preset: &str, file: Option<&Path>, overrides: &[String]) -> Result<
 /// A table as a config; `origin` names it in errors.
 ///
 /// # Errors
-/// If the table does not fit `T`.
-pub fn read<T: DeserializeOwned>(table: Table, origin: &str) -> Result<T> {
-    T::deserialize(Value::Table(table)).map_err(|err| {
-        anyhow!("{origin} is not a valid config\n  {}", err.to_string().trim().replace('\n', "\n  "))
+/// If the table does not fit `T`, or holds a key that `T` would ignore.
+pub fn read<T: DeserializeOwned + Serialize>(table: Table, origin: &str) -> Result<T> {
+    let refuse = |problem: &str| {
+        let hint = match nearest(problem) {
+            Some(key) => format!("did you mean `{key}`?"),
+            None => "docs/config.md lists the keys with their values".to_owned(),
+        };
+        anyhow!("{origin} is not a valid config\n  {}\nhint: {hint}", problem.trim().replace('\n', "\n  "))
+    };
+    let config = T::deserialize(Value::Table(table.clone())).map_err(|err| refuse(&err.to_string()))?;
+    // Some configs allow unknown keys, since the files of others have them; here such a key is a typing error.
+    let used = Table::try_from(&config).map_err(|err| refuse(&err.to_string()))?;
+    match ignored(&table, &used, "") {
+        Some(problem) => Err(refuse(&problem)),
+        None => Ok(config),
+    }
+}
+
+/// The first key of `given` that is not in `used`, as a sentence like serde's.
+fn ignored(given: &Table, used: &Table, section: &str) -> Option<String> {
+    given.iter().find_map(|(key, value)| match (value, used.get(key)) {
+        (Value::Table(given), Some(Value::Table(used))) => ignored(given, used, &format!("{section}{key}.")),
+        (_, Some(_)) => None,
+        (_, None) => {
+            let known: Vec<String> = used.keys().map(|key| format!("`{key}`")).collect();
+            let place = section.trim_end_matches('.');
+            Some(format!("unknown field `{key}`, expected one of {}\nin `{place}`", known.join(", ")))
+        }
     })
+}
+
+/// The key that is nearest to the unknown one in a message "unknown field `x`, expected one of `a`, `b`".
+fn nearest(message: &str) -> Option<String> {
+    let (_, rest) = message.split_once("unknown field `")?;
+    let (given, rest) = rest.split_once('`')?;
+    let known = rest.lines().next()?.split('`').skip(1).step_by(2);
+    let (distance, key) = known.map(|key| (distance(given, key), key)).min()?;
+    (distance <= 1 + given.len() / 4).then(|| key.to_owned())
+}
+
+/// How many letters must be added, removed or changed to make `b` of `a`.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, y) in b.iter().enumerate() {
+            let change = diagonal + usize::from(x != *y);
+            diagonal = row[j + 1];
+            row[j + 1] = change.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
 }
 
 fn preset_text(name: &str) -> Result<&'static str> {
     PRESETS.iter().find(|(n, _)| *n == name).map(|(_, text)| *text).ok_or_else(|| {
-        let names: Vec<&str> = PRESETS.iter().map(|(n, _)| *n).collect();
-        anyhow!("there is no preset `{name}`\nhint: presets are {}", names.join(", "))
+        let folder = name.split_once('/').map_or("", |(folder, _)| folder);
+        let known = PRESETS.iter().filter_map(|(n, _)| n.strip_prefix(folder)?.strip_prefix('/'));
+        anyhow!("there is no preset `{name}`\nhint: presets are {}", known.collect::<Vec<_>>().join(", "))
     })
 }
 
-/// Applies `path.to.key=value`; the value is TOML, or a bare string. The key must exist, so that a typing error is found.
+/// Applies `path.to.key=value`; the value is TOML, or a bare string. Keys that the table lacks are added: whether they
+/// exist is known to the config's type, which refuses unknown ones ([`read`]).
 fn apply(table: &mut Table, item: &str) -> Result<()> {
     let Some((path, value)) = item.split_once('=') else {
-        bail!("`--set {item}` has no `=`\nhint: write --set train.steps=20");
+        bail!("`--set {item}` has no `=`\nhint: write --set run.steps=20");
     };
     let (path, value) = (path.trim(), value.trim());
     let value = format!("v = {value}")
@@ -114,22 +186,51 @@ fn apply(table: &mut Table, item: &str) -> Result<()> {
     };
     let mut node = table;
     for parent in parents {
-        let keys = node.keys().cloned().collect::<Vec<_>>().join(", ");
-        node = node.get_mut(parent).and_then(Value::as_table_mut).ok_or_else(|| {
-            anyhow!("`--set {item}`: there is no section `{parent}`\nhint: here are {keys}")
+        let child = node.entry(parent).or_insert_with(|| Value::Table(Table::new()));
+        node = child.as_table_mut().ok_or_else(|| {
+            anyhow!("`--set {item}`: `{parent}` is a value, not a section\nhint: write --set {parent}=VALUE")
         })?;
     }
-    if !node.contains_key(key) {
-        let keys = node.keys().cloned().collect::<Vec<_>>().join(", ");
-        bail!("`--set {item}`: there is no key `{key}`\nhint: here are {keys}");
-    }
     // An integer given for a float key is that float: `lr=1` means 1.0.
-    let value = match (&node[key], value) {
-        (Value::Float(_), Value::Integer(i)) => Value::Float(i as f64),
+    let value = match (node.get(key), value) {
+        (Some(Value::Float(_)), Value::Integer(i)) => Value::Float(i as f64),
         (_, value) => value,
     };
     node.insert(key.to_owned(), value);
     Ok(())
+}
+
+/// Checks that a preset shows every key that its config may have: set, or commented out if it is optional. `read` reads
+/// the preset with some overrides.
+///
+/// # Panics
+/// If a key is missing.
+#[cfg(test)]
+pub fn assert_every_key_is_shown(preset: &str, read: impl Fn(&[String]) -> Result<()>) {
+    fn tables(table: &Table, path: &str, out: &mut Vec<(String, Table)>) {
+        out.push((path.to_owned(), table.clone()));
+        for (key, value) in table {
+            if let Value::Table(table) = value {
+                tables(table, &format!("{path}{key}."), out);
+            }
+        }
+    }
+    read(&[]).unwrap();
+    let text = preset_text(preset).unwrap();
+    let mut all = Vec::new();
+    tables(&text.parse().unwrap(), "", &mut all);
+    let mut n_seen = 0;
+    for (path, table) in all {
+        // A config tells its keys when it refuses one.
+        let message = format!("{:#}", read(&[format!("{path}no_such_key=1")]).unwrap_err());
+        let Some((_, known)) = message.split_once("unknown field `no_such_key`, expected ") else { continue };
+        let known = known.lines().next().unwrap().split('`').skip(1).step_by(2);
+        for key in known.filter(|key| !table.contains_key(*key)) {
+            assert!(text.contains(&format!("\n# {key} = ")), "preset `{preset}` does not show `{path}{key}`");
+        }
+        n_seen += 1;
+    }
+    assert!(n_seen > 0, "preset `{preset}`: no table told its keys");
 }
 
 #[cfg(test)]
@@ -162,12 +263,45 @@ mod tests {
         assert_eq!(value["b"].as_str(), Some("x"));
     }
 
+    #[derive(Debug, Serialize, serde::Deserialize)]
+    struct Config {
+        seed: u64,
+        train: Train,
+    }
+    #[derive(Debug, Serialize, serde::Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Train {
+        steps: usize,
+        lr: f64,
+        name: String,
+        init: Option<String>,
+    }
+
+    fn with(item: &str) -> Result<Config> {
+        let mut t = table();
+        apply(&mut t, item)?;
+        read(t, &origin("train", None, &[item.to_owned()]))
+    }
+
+    #[test]
+    fn an_override_may_set_an_optional_key_that_the_preset_leaves_out() {
+        assert_eq!(with("train.init=weights").unwrap().train.init.as_deref(), Some("weights"));
+    }
+
     #[test]
     fn an_override_of_an_unknown_key_names_the_known_ones() {
-        let err = apply(&mut table(), "train.step=20").unwrap_err().to_string();
-        assert!(err.contains("there is no key `step`") && err.contains("steps"), "{err}");
-        let err = apply(&mut table(), "trainer.steps=20").unwrap_err().to_string();
-        assert!(err.contains("no section `trainer`") && err.contains("train"), "{err}");
-        assert!(apply(&mut table(), "train.steps").unwrap_err().to_string().contains("no `=`"));
+        let err = with("train.step=20").unwrap_err().to_string();
+        for part in
+            ["preset `train` with --set train.step=20", "unknown field `step`", "did you mean `steps`?"]
+        {
+            assert!(err.contains(part), "{err}");
+        }
+        let err = with("trainer.steps=20").unwrap_err().to_string();
+        // `Config` itself would ignore unknown keys.
+        assert!(err.contains("unknown field `trainer`") && err.contains("did you mean `train`?"), "{err}");
+        let err = with("train.whatever=20").unwrap_err().to_string();
+        assert!(err.contains("expected one of `steps`") && !err.contains("did you mean"), "{err}");
+        assert!(with("seed.steps=20").unwrap_err().to_string().contains("is a value, not a section"));
+        assert!(with("train.steps").unwrap_err().to_string().contains("no `=`"));
     }
 }

@@ -63,5 +63,8 @@ mod tests {
     fn the_preset_is_a_valid_config() {
         let config: CardConfig = settings::resolve("card/default", None, &[]).unwrap();
         config.check().unwrap();
+        settings::assert_every_key_is_shown("card/default", |set| {
+            settings::resolve::<CardConfig>("card/default", None, set).map(drop)
+        });
     }
 }

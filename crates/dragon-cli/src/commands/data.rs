@@ -129,15 +129,11 @@ pub fn run(command: Command, stop: &Arc<AtomicBool>) -> Result<()> {
                 skip_bad: args.skip_bad,
             };
             let done = import::import(&options, stop)?;
-            for file in &done.left_out {
-                tracing::warn!("left out: {file}");
+            let mut line = format!("{} clips of {} files", done.n_clips, done.n_files);
+            if !done.left_out.is_empty() {
+                line += &format!(", {} files left out (named above)", done.left_out.len());
             }
-            (
-                args.out,
-                format!("{} clips of {} files", done.n_clips, done.n_files),
-                done.refused,
-                done.stopped,
-            )
+            (args.out, line, done.refused, done.stopped)
         }
     };
     println!("{}: {line}", out.join("manifest.jsonl").display());

@@ -7,9 +7,10 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 use dragon_trainer::embed::{audio_files, embed_files, save_embeddings, save_stats};
-use dragon_trainer::embedder::{EncoderConfig, Setting, Tail, load_audio_encoder};
+use dragon_trainer::embedder::{EncoderConfig, Setting, load_audio_encoder};
+use serde::{Deserialize, Serialize};
 
-use super::context;
+use super::{FileArgs, context};
 use crate::settings;
 
 /// Turn a folder of audio into embeddings, or into reference statistics
@@ -27,15 +28,17 @@ pub struct Args {
     /// Output: .npz or .safetensors; embeddings also .npy
     #[arg(short, long, value_name = "FILE")]
     out: PathBuf,
-    /// `musicnn`, or the folder of a CLAP
-    #[arg(long, default_value = "musicnn")]
-    encoder: String,
-    /// How a song is cut into windows
-    #[arg(long, value_enum, default_value_t = SettingName::Windows)]
-    setting: SettingName,
-    /// Distance between windows in seconds, for `windows` and `fadtk`
-    #[arg(long, value_name = "S", default_value_t = 0.256)]
-    hop: f64,
+    /// `musicnn`, or the folder of a CLAP; short for --set encoder=…
+    #[arg(long, value_name = "NAME or DIR")]
+    encoder: Option<String>,
+    /// How a song is cut into windows; short for --set setting=…
+    #[arg(long, value_enum)]
+    setting: Option<SettingName>,
+    /// Seconds between windows; short for --set setting.hop_s=S
+    #[arg(long, value_name = "S")]
+    hop: Option<f64>,
+    #[command(flatten)]
+    config: FileArgs,
     /// Write mean and covariance under this name instead of the embeddings
     #[arg(long, value_name = "NAME")]
     stats: Option<String>,
@@ -55,29 +58,52 @@ enum SettingName {
     Ma,
 }
 
+/// A preset of presets/embed.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EmbedPreset {
+    encoder: EncoderConfig,
+    setting: Setting,
+}
+
 /// Runs the command.
 pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     let ending = args.out.extension().and_then(|e| e.to_str()).unwrap_or_default();
     let endings: &[&str] =
         if args.stats.is_some() { &["npz", "safetensors"] } else { &["npz", "safetensors", "npy"] };
     if !endings.contains(&ending) {
-        bail!("`{}` should end in one of .{}", args.out.display(), endings.join(", ."));
+        bail!(
+            "cannot write `{}`: expected an ending of {}, found `{ending}`\nhint: name a file such as songs.npz",
+            args.out.display(),
+            endings.join(", ")
+        );
     }
     let parent = args.out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     if !parent.is_dir() {
-        bail!("there is no folder `{}` to write `{}` to", parent.display(), args.out.display());
+        bail!(
+            "there is no folder `{}` to write `{}` to\nhint: make it, or check the path",
+            parent.display(),
+            args.out.display()
+        );
     }
-    let setting = match args.setting {
-        SettingName::Windows => Setting::Fadtk { hop_s: args.hop, tail: Tail::WholeWindows },
-        SettingName::Fadtk => Setting::Fadtk { hop_s: args.hop, tail: Tail::ZeroPadded },
-        SettingName::Ma => Setting::MA,
-    };
-    let encoder = match args.encoder.as_str() {
+    let mut overrides = args.config.overrides.clone();
+    overrides.extend(args.encoder.map(|encoder| match encoder.as_str() {
         "musicnn" => {
-            EncoderConfig::Musicnn { weights: settings::path("builtin:musicnn/mtt_musicnn.safetensors") }
+            r#"encoder={ kind = "musicnn", weights = "builtin:musicnn/mtt_musicnn.safetensors" }"#.into()
         }
-        dir => EncoderConfig::Clap { dir: settings::path(dir) },
-    };
+        dir => format!("encoder={{ kind = \"clap\", dir = {} }}", settings::quoted(Path::new(dir))),
+    }));
+    overrides.extend(args.setting.map(|setting| {
+        let value = match setting {
+            SettingName::Windows => r#"{ kind = "fadtk", hop_s = 0.256, tail = "whole_windows" }"#,
+            SettingName::Fadtk => r#"{ kind = "fadtk", hop_s = 0.256, tail = "zero_padded" }"#,
+            SettingName::Ma => r#"{ kind = "ma", n_windows = 8, whole = true }"#,
+        };
+        format!("setting={value}")
+    }));
+    overrides.extend(args.hop.map(|hop| format!("setting.hop_s={hop:?}")));
+    let preset: EmbedPreset = settings::resolve("embed/default", args.config.config.as_deref(), &overrides)?;
+    let EmbedPreset { encoder, setting } = preset;
     let files = audio_files(&args.input)?;
     let device = dragon_trainer::device(&args.device)?;
     let encoder = load_audio_encoder(&encoder, &device)?;
@@ -100,4 +126,16 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_preset_is_a_valid_config() {
+        settings::assert_every_key_is_shown("embed/default", |set| {
+            settings::resolve::<EmbedPreset>("embed/default", None, set).map(drop)
+        });
+    }
 }

@@ -11,7 +11,7 @@ use dragon_trainer::embedder::EmbedConfig;
 use dragon_trainer::eval::{self, BootstrapConfig, EvalConfig, FoldersConfig, MetricConfig};
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigArgs, context};
+use super::{ConfigArgs, check_prompts, context};
 use crate::settings;
 
 /// Compare a tuned model with its base on held-out prompts, or two folders of audio
@@ -92,8 +92,7 @@ impl EvalPreset {
 
 /// Runs the command.
 pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
-    let preset: EvalPreset =
-        settings::resolve("eval/default", args.config.config.as_deref(), &args.config.overrides())?;
+    let preset: EvalPreset = settings::resolve("eval/default", args.config.path(), &args.config.overrides())?;
     for path in &args.what {
         if !path.is_dir() {
             bail!(
@@ -107,7 +106,10 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     let mut ctx = context(args.out.unwrap_or(default), false, stop);
     ctx.device = dragon_trainer::device(&args.device)?;
     let summary = match &args.what[..] {
-        [run] => eval::run(&preset.of_model(model, run.clone(), prompts), &ctx)?,
+        [run] => {
+            check_prompts(&model, &prompts)?;
+            eval::run(&preset.of_model(model, run.clone(), prompts), &ctx)?
+        }
         [base, tuned] => {
             let config = FoldersConfig {
                 seed: preset.seed,
@@ -141,5 +143,12 @@ mod tests {
     fn the_preset_is_a_valid_config() {
         let preset: EvalPreset = settings::resolve("eval/default", None, &[]).unwrap();
         preset.of_model("m".into(), "t".into(), "p".into()).check().unwrap();
+    }
+
+    #[test]
+    fn the_preset_shows_every_key() {
+        settings::assert_every_key_is_shown("eval/default", |set| {
+            settings::resolve::<EvalPreset>("eval/default", None, set).map(drop)
+        });
     }
 }

@@ -10,7 +10,7 @@ use dragon_trainer::finetune::{self, FinetuneConfig};
 use toml::Value;
 
 use super::eval::EvalPreset;
-use super::{ConfigArgs, RunArgs, context};
+use super::{ConfigArgs, RunArgs, check_prompts, context};
 use crate::settings;
 
 /// Fine-tune the diffusion model towards a reward (DRAGON), then compare it with its base
@@ -19,6 +19,7 @@ use crate::settings;
 Examples:
   dragon finetune                                    the default: per-song FAD (musicnn) to recorded music
   dragon finetune --set run.steps=60 --out runs/longer
+  dragon finetune --set reward.exemplars.kind=audio --set reward.exemplars.path=my-songs
   dragon finetune --resume                           continue where it stopped")]
 pub struct Args {
     /// What to optimise: a preset of presets/finetune
@@ -43,8 +44,9 @@ struct Preset {
 /// Reads a preset: the table `eval` is the evaluation, the rest the run. What both need is written once: the encoders
 /// of `[embed]` and the seed hold for the evaluation too.
 fn resolve(preset: &str, config: &ConfigArgs) -> Result<Preset> {
-    let mut table =
-        settings::table(&format!("finetune/{preset}"), config.config.as_deref(), &config.overrides())?;
+    let (preset, file, overrides) = (format!("finetune/{preset}"), config.path(), config.overrides());
+    let origin = settings::origin(&preset, file, &overrides);
+    let mut table = settings::table(&preset, file, &overrides)?;
     let mut eval = match table.remove("eval") {
         Some(Value::Table(eval)) => eval,
         _ => bail!("the config has no table `[eval]`\nhint: copy it from presets/finetune/per-song-fad.toml"),
@@ -55,9 +57,14 @@ fn resolve(preset: &str, config: &ConfigArgs) -> Result<Preset> {
         }
     }
     Ok(Preset {
-        finetune: settings::read(table, preset)?,
-        eval: settings::read(eval, &format!("{preset}, table `eval`"))?,
+        finetune: settings::read(table, &origin)?,
+        eval: settings::read(eval, &format!("the table `eval` of {origin}"))?,
     })
+}
+
+/// The config of a run, without its evaluation.
+pub fn config(preset: &str, config: &ConfigArgs) -> Result<FinetuneConfig> {
+    Ok(resolve(preset, config)?.finetune)
 }
 
 /// Runs the command.
@@ -67,6 +74,7 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     let out = args.out.unwrap_or_else(|| PathBuf::from(format!("runs/finetune-{}", args.preset)));
     let measure = eval.of_model(config.bundle.clone(), out.clone(), config.prompts.clone());
     measure.check()?;
+    check_prompts(&config.bundle, &config.prompts)?;
     let mut ctx = context(out.clone(), args.run.resume, stop);
     ctx.device = dragon_trainer::device(&args.run.device)?;
     let outcome = finetune::run(&config, &ctx)?;
@@ -90,6 +98,17 @@ mod tests {
         for name in settings::PRESETS.iter().filter_map(|(name, _)| name.strip_prefix("finetune/")) {
             let preset = resolve(name, &none).unwrap_or_else(|err| panic!("{name}: {err:#}"));
             preset.finetune.check().unwrap_or_else(|err| panic!("{name}: {err}"));
+        }
+    }
+
+    #[test]
+    fn every_preset_shows_every_key() {
+        for (path, _) in settings::PRESETS {
+            let Some(name) = path.strip_prefix("finetune/") else { continue };
+            settings::assert_every_key_is_shown(path, |set| {
+                let config = ConfigArgs { config: None, overrides: set.to_vec(), seed: None };
+                resolve(name, &config).map(drop)
+            });
         }
     }
 }

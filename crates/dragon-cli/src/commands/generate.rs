@@ -4,10 +4,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
+use dragon_trainer::SamplerConfig;
 use dragon_trainer::generate::{self, GenerateConfig};
+use serde::{Deserialize, Serialize};
 
-use super::context;
+use super::{ConfigArgs, context};
 use crate::settings;
 
 /// Turn prompts into WAV files
@@ -18,64 +20,89 @@ use crate::settings;
 Examples:
   dragon generate \"a slow harp melody\" \"a fast jig on a violin with drums\"
   dragon generate --prompts prompts.txt --variants 4 --out songs
-  dragon generate \"a slow harp melody\" --tuned runs/finetune-per-song-fad")]
+  dragon generate \"a slow harp melody\" --tuned runs/finetune-per-song-fad
+  dragon generate \"a slow harp melody\" --seed 7 --set sampler.guidance.scale=0.8")]
 pub struct Args {
     /// The prompts
     prompts: Vec<String>,
     /// A text file with one more prompt a line
     #[arg(long = "prompts", value_name = "FILE")]
     file: Option<PathBuf>,
-    /// Model folder: vae/, t5/, dit/, bundle.json
-    #[arg(long, value_name = "DIR", default_value = "builtin:tiny")]
-    model: String,
-    /// Use this tuned diffusion model (or that of this run) instead of the model folder's own
+    /// Use this tuned diffusion model (or that of this run); short for --set tuned=DIR
     #[arg(long, value_name = "DIR")]
     tuned: Option<PathBuf>,
+    /// Model folder: vae/, t5/, dit/, bundle.json; short for --set model=DIR
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Songs of each prompt, with seeds N, N + 1 and so on; short for --set variants=N
+    #[arg(long, value_name = "N")]
+    variants: Option<usize>,
+    /// Sampling steps; short for --set sampler.n_steps=N
+    #[arg(long, value_name = "N")]
+    steps: Option<usize>,
+    #[command(flatten)]
+    config: ConfigArgs,
     /// Output folder
     #[arg(short, long, value_name = "DIR", default_value = "generated")]
     out: PathBuf,
-    /// Variants of each prompt, with seeds SEED, SEED + 1 and so on
-    #[arg(long, default_value_t = 1)]
-    variants: usize,
-    /// Seed
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// Sampling steps
-    #[arg(long, default_value_t = 40)]
-    steps: usize,
-    /// Songs sampled at a time; bounds memory and changes no sample
-    #[arg(long, default_value_t = 16)]
-    batch: usize,
-    /// Where tensors live: `cpu` or `cuda`
+    /// Where tensors live: `cpu` or `cuda` (`cuda:1` for the second GPU)
     #[arg(long, default_value = "cpu")]
     device: String,
 }
 
+/// A preset of presets/generate.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GeneratePreset {
+    seed: u64,
+    model: PathBuf,
+    tuned: Option<PathBuf>,
+    variants: usize,
+    batch: usize,
+    sampler: SamplerConfig,
+}
+
 /// Runs the command.
 pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
+    let mut overrides = args.config.overrides();
+    overrides.extend(args.model.map(|dir| format!("model={}", settings::quoted(&dir))));
+    overrides.extend(args.tuned.map(|dir| format!("tuned={}", settings::quoted(&dir))));
+    overrides.extend(args.variants.map(|n| format!("variants={n}")));
+    overrides.extend(args.steps.map(|n| format!("sampler.n_steps={n}")));
+    let preset: GeneratePreset = settings::resolve("generate/default", args.config.path(), &overrides)?;
     let mut prompts = args.prompts;
     if let Some(file) = &args.file {
-        let text =
-            std::fs::read_to_string(file).with_context(|| format!("cannot read `{}`", file.display()))?;
+        let text = std::fs::read_to_string(file)
+            .with_context(|| format!("cannot read `{}`\nhint: check the path", file.display()))?;
         prompts.extend(text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned));
-    }
-    if let Some(i) = prompts.iter().position(|prompt| prompt.trim().is_empty()) {
-        bail!("prompt {} is empty\nhint: say what should be heard, e.g. \"a slow harp melody\"", i + 1);
     }
     let mut ctx = context(args.out, false, stop);
     ctx.device = dragon_trainer::device(&args.device)?;
-    let mut config = GenerateConfig {
-        seed: args.seed,
-        bundle: settings::path(&args.model),
-        tuned: args.tuned,
-        sampler: Default::default(),
-        batch: args.batch,
-        variants: args.variants,
+    let config = GenerateConfig {
+        seed: preset.seed,
+        bundle: preset.model,
+        tuned: preset.tuned,
+        sampler: preset.sampler,
+        batch: preset.batch,
+        variants: preset.variants,
         prompts,
     };
-    config.sampler.n_steps = args.steps;
     for file in generate::run(&config, &ctx)? {
         println!("{}", file.display());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_preset_is_a_valid_config() {
+        let preset: GeneratePreset = settings::resolve("generate/default", None, &[]).unwrap();
+        assert!(preset.variants > 0 && preset.tuned.is_none());
+        settings::assert_every_key_is_shown("generate/default", |set| {
+            settings::resolve::<GeneratePreset>("generate/default", None, set).map(drop)
+        });
+    }
 }

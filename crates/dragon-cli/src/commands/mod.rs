@@ -1,5 +1,6 @@
 //! The commands, one module each.
 
+mod bench;
 mod card;
 mod data;
 mod embed;
@@ -9,13 +10,13 @@ mod generate;
 mod pack;
 mod pretrain;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
-use dragon_trainer::{Progress, RunContext};
+use dragon_trainer::{Progress, RunContext, bundle};
 
 /// What `dragon` can do.
 #[derive(Subcommand)]
@@ -37,6 +38,8 @@ pub enum Command {
     Eval(eval::Args),
     /// Measure a model folder on held-out music: reconstructions, generations, captions, retrieval
     Card(card::Args),
+    /// Time the parts of a fine-tuning step on this machine
+    Bench(bench::Args),
 }
 
 impl Command {
@@ -51,17 +54,29 @@ impl Command {
             Command::Finetune(args) => finetune::run(args, stop),
             Command::Eval(args) => eval::run(args, stop),
             Command::Card(args) => card::run(args, stop),
+            Command::Bench(args) => bench::run(args, stop),
         }
     }
 }
 
-/// Where the config comes from.
+/// Where the config of something without a seed comes from.
+#[derive(Args)]
+pub struct FileArgs {
+    /// Read this TOML file instead of a preset
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Change one key of the config (docs/config.md lists them); may be given several times
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+}
+
+/// Where the config of something random comes from.
 #[derive(Args)]
 pub struct ConfigArgs {
     /// Read this TOML file instead of a preset
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Change one key of the config, e.g. --set run.steps=20; may be given several times
+    /// Change one key of the config (docs/config.md lists them); may be given several times
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
     /// Seed of everything random; short for --set seed=N
@@ -74,6 +89,11 @@ impl ConfigArgs {
     fn overrides(&self) -> Vec<String> {
         self.overrides.iter().cloned().chain(self.seed.map(|seed| format!("seed={seed}"))).collect()
     }
+
+    /// The config file, if one is given.
+    fn path(&self) -> Option<&Path> {
+        self.config.as_deref()
+    }
 }
 
 /// Where and how a run takes place.
@@ -85,6 +105,13 @@ pub struct RunArgs {
     /// Where tensors live: `cpu` or `cuda` (`cuda:1` for the second GPU)
     #[arg(long, default_value = "cpu")]
     device: String,
+}
+
+/// Checks that the model reads every prompt of a file whole.
+fn check_prompts(bundle: &Path, file: &Path) -> Result<()> {
+    let prompts = bundle::read_prompts(file)?;
+    bundle::check_prompts(bundle, prompts.iter().map(|prompt| &prompt.caption))
+        .with_context(|| format!("the prompts of `{}` cannot be used", file.display()))
 }
 
 /// The context of a run in `out_dir`, with progress on stderr.

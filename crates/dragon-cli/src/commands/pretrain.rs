@@ -9,6 +9,7 @@ use clap::ValueEnum;
 use dragon_trainer::pretrain::clap::{ClapConfig, ClapTask};
 use dragon_trainer::pretrain::vae::{VaeConfig, VaeTask};
 use dragon_trainer::pretrain::{self, LoopConfig, Outcome, dit};
+use dragon_trainer::run::RunFolder;
 use serde::{Deserialize, Serialize};
 
 use super::{ConfigArgs, RunArgs, context};
@@ -21,8 +22,9 @@ use crate::settings;
 #[command(after_help = "\
 Examples:
   dragon pretrain vae --set 'vae.manifests=[\"data/scores/manifest.jsonl\"]' --out runs/vae
+  dragon pretrain vae --set vae.init=builtin:tiny/vae     start from the shipped weights (same `vae.model`)
   dragon pretrain dit --set data.manifest=data/scores/manifest.jsonl --set data.vae=runs/vae/model
-  dragon pretrain dit --resume --out runs/dit        continue where it stopped")]
+  dragon pretrain dit --resume                               continue where it stopped")]
 pub struct Args {
     /// What to train
     what: What,
@@ -72,27 +74,31 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     let out = args.out.unwrap_or_else(|| PathBuf::from("runs").join(name.replace('/', "-")));
     let ctx = context(out, args.run.resume, stop);
     let device = dragon_trainer::device(&args.run.device)?;
-    let (file, overrides) = (args.config.config.as_deref(), args.config.overrides());
+    let (file, overrides) = (args.config.path(), args.config.overrides());
+    // The lock and the refusal to overwrite a run come before any clip is read.
     let outcome = match args.what {
         What::Vae => {
             let config: Vae = settings::resolve(name, file, &overrides)?;
             config.vae.check()?;
             config.run.check()?;
+            let mut folder = RunFolder::open(&ctx, "pretrain vae", &config)?;
             let mut task = VaeTask::new(&config.vae, config.seed, &device)?;
-            pretrain::run(&mut task, "pretrain vae", &config, &config.run, config.seed, &ctx)?
+            pretrain::run_in(&mut folder, &mut task, &config.run, config.seed, &ctx)?
         }
         What::Clap => {
             let config: Clap = settings::resolve(name, file, &overrides)?;
             config.clap.check()?;
             config.run.check()?;
+            let mut folder = RunFolder::open(&ctx, "pretrain clap", &config)?;
             let mut task = ClapTask::new(&config.clap, config.seed, &device)?;
-            pretrain::run(&mut task, "pretrain clap", &config, &config.run, config.seed, &ctx)?
+            pretrain::run_in(&mut folder, &mut task, &config.run, config.seed, &ctx)?
         }
         What::Dit => {
             let config: dit::Config = settings::resolve(name, file, &overrides)?;
             config.check()?;
+            let mut folder = RunFolder::open(&ctx, "pretrain dit", &config)?;
             let mut task = dit::prepare(&config, &device, &ctx)?;
-            pretrain::run(&mut task, "pretrain dit", &config, &config.run, config.seed, &ctx)?
+            pretrain::run_in(&mut folder, &mut task, &config.run, config.seed, &ctx)?
         }
     };
     report(&outcome);
@@ -113,5 +119,17 @@ mod tests {
         settings::resolve::<Vae>("pretrain/vae", None, &[]).unwrap().vae.check().unwrap();
         settings::resolve::<Clap>("pretrain/clap", None, &[]).unwrap().clap.check().unwrap();
         settings::resolve::<dit::Config>("pretrain/dit", None, &[]).unwrap().check().unwrap();
+    }
+
+    #[test]
+    fn every_preset_shows_every_key() {
+        use settings::{assert_every_key_is_shown, resolve};
+        assert_every_key_is_shown("pretrain/vae", |set| resolve::<Vae>("pretrain/vae", None, set).map(drop));
+        assert_every_key_is_shown("pretrain/clap", |set| {
+            resolve::<Clap>("pretrain/clap", None, set).map(drop)
+        });
+        assert_every_key_is_shown("pretrain/dit", |set| {
+            resolve::<dit::Config>("pretrain/dit", None, set).map(drop)
+        });
     }
 }
