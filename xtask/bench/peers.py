@@ -107,12 +107,13 @@ def torch_case(name):
         tensors = [torch.randn(s) * (0.05 if backward else 1.0) for s in shapes]
         for t in tensors:
             t.requires_grad_(backward)
+        gradient = torch.randn_like(f(*tensors))
 
         def run():
             if backward:
                 for t in tensors:
                     t.grad = None
-                f(*tensors).square().sum().backward()
+                f(*tensors).backward(gradient)
             else:
                 with torch.inference_mode():
                     f(*tensors)

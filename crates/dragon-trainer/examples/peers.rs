@@ -5,7 +5,7 @@
 //! shortest of the runs that fit into that time (two at least), the peak of the process's resident memory so far, and
 //! the number of trained parameters, which the script compares between the two sides.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 use dragon_diffusion::{Model, TextCond, Weighting, denoising_errors, dit};
 use dragon_nn::{
@@ -43,6 +43,23 @@ enum Pass {
 /// One run, and the number of parameters.
 type Case = (Box<dyn FnMut() -> Result<()>>, usize);
 
+/// Ends a graph with a given gradient: the layer before it is timed alone, without a loss.
+struct Upstream(Tensor);
+
+impl CustomOp1 for Upstream {
+    fn name(&self) -> &'static str {
+        "upstream"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
+    }
+}
+
 /// A single layer, its input among the arguments.
 fn operation(
     pass: Pass,
@@ -56,11 +73,11 @@ fn operation(
         .map(|(i, shape)| if backward { var(&i.to_string(), shape) } else { noise(&i.to_string(), shape) })
         .collect::<Result<_>>()?;
     let n_parameters = inputs[1..].iter().map(Tensor::elem_count).sum();
+    let gradient = noise("gradient", f(&inputs)?.dims())?;
     let run = move || {
         let y = f(&inputs)?;
         if backward {
-            // A sum's gradient is one number spread out; the square makes it a real tensor, as in training.
-            dragon_nn::backward(&y.sqr()?.sum_all()?)?;
+            dragon_nn::backward(&y.apply_op1(Upstream(gradient.clone()))?)?;
         }
         Ok(())
     };

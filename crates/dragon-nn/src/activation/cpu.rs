@@ -1,8 +1,8 @@
 //! The activations and the softmax on the CPU, forward and backward.
 
 use crate::kernels::{
-    Real, by_dtype, dtype, filled, for_each, lane_max, lane_sum, map, map2, rows_per_task, slice, tensor,
-    view,
+    Real, by_dtype, dot, dtype, filled, for_each, lane_max, lane_sum, map, map2, rows_per_task, slice,
+    tensor, view,
 };
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
@@ -117,8 +117,8 @@ fn softmax_backward<T: Real>(y: &[T], g: &[T], c: usize) -> Vec<T> {
         filled(y.len(), |out| {
             for_each(rows.div_ceil(block), y.len() * 4, |task| {
                 for r in task * block..((task + 1) * block).min(rows) {
-                    let (y, g, dx) = (&y[r * c..(r + 1) * c], &g[r * c..(r + 1) * c], out.range(r * c, c));
-                    let level = lane_sum(c, |i| y[i] * g[i]);
+                    let (y, g, dx) = (&y[r * c..][..c], &g[r * c..][..c], out.range(r * c, c));
+                    let level = dot(y, g);
                     for i in 0..c {
                         dx[i] = y[i] * (g[i] - level);
                     }

@@ -1,15 +1,17 @@
 //! [`super::attention`] on the CPU: one task per batch element and head, a block of queries at a time.
 //!
-//! The weights are never stored: the backward pass computes them again, block by block. Memory beyond the result is
-//! one block of queries times all keys per thread.
+//! The weights are never stored: the backward pass computes them again, block by block, from two numbers per query.
+//! Memory beyond the result is one block of queries times all keys per thread.
 
-use crate::activation::cpu::softmax_row;
 use crate::kernels::gemm::{Packed, Rows, product, weight_gradient};
-use crate::kernels::{Real, Shared, by_dtype, dtype, filled, for_each, shared, slice, tensor, view};
+use crate::kernels::{
+    Real, Shared, by_dtype, dot, dtype, filled, for_each, lane_sum, shared, slice, tensor, view,
+};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use std::sync::OnceLock;
 
-/// Queries per block: with 1024 keys the logits of a block are 256 KiB, half of a usual second-level cache.
-const QUERIES: usize = 64;
+/// Logits of a block of queries: 256 KiB of f32, a quarter to half of a usual second-level cache.
+const LOGITS: usize = 1 << 16;
 
 pub(crate) fn attention(
     q: &Tensor,
@@ -26,12 +28,13 @@ pub(crate) fn attention(
         // An operation takes three tensors: a bias that learns gets a place, keys and values then share one.
         Some(bias) if bias.track_op() => {
             let kv = Tensor::cat(&[k, v], 3)?; // [B, Tk, H, D+Dv]
-            let op = Attention { dims, bias_dims: Some(bias.dims4()?), bias: None };
+            let op = Attention { dims, bias_dims: Some(bias.dims4()?), bias: None, norms: OnceLock::new() };
             q.apply_op3(&kv, &bias.contiguous()?, op)
         }
         _ => {
             let bias_dims = bias.map(|b| b.dims4()).transpose()?;
-            let op = Attention { dims, bias_dims, bias: bias.map(|b| b.contiguous()).transpose()? };
+            let bias = bias.map(|b| b.contiguous()).transpose()?;
+            let op = Attention { dims, bias_dims, bias, norms: OnceLock::new() };
             q.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
         }
     }
@@ -48,6 +51,20 @@ struct Dims {
     scale: f64,
 }
 
+impl Dims {
+    /// Queries per block, and the number of blocks.
+    fn blocks(&self) -> (usize, usize) {
+        let most = (LOGITS / self.tk.max(1)).clamp(16, 128);
+        let n_blocks = self.tq.div_ceil(most).max(1);
+        (self.tq.div_ceil(n_blocks), n_blocks)
+    }
+
+    /// Elements between rows of logits: an odd number of cache lines, so that a column's lines spread over the cache.
+    fn row(&self) -> usize {
+        self.tk.next_multiple_of(32) + 16
+    }
+}
+
 type BiasDims = (usize, usize, usize, usize);
 
 struct Attention {
@@ -55,6 +72,8 @@ struct Attention {
     bias_dims: Option<BiasDims>,
     /// A bias without gradient; with one, it is the third argument and the second holds keys and values.
     bias: Option<Tensor>,
+    /// What the backward pass needs of the forward pass: see [`Inputs::forward`].
+    norms: OnceLock<Tensor>,
 }
 
 /// Rows of one head of a `[B, T, H, width]` tensor, possibly interleaved with others: offset and distance.
@@ -118,14 +137,15 @@ impl<T: Real> Inputs<'_, T> {
         ((pick(b, bb) * bh + pick(h, bh)) * bq + pick(query, bq)) * bk
     }
 
-    /// Attention weights of queries `first..first + n` of a head, into `[n, tk]`.
-    fn weights(&self, b: usize, h: usize, first: usize, n: usize, keys: &Packed<T>, out: &mut [T]) {
+    /// Logits of queries `first..first + n` of a head, scaled and biased, into rows of `out`.
+    fn logits(&self, b: usize, h: usize, (first, n): (usize, usize), keys: &Packed<T>, out: &mut [T]) {
         let Dims { tq, tk, d, scale, .. } = self.dims;
         let q = &self.q.of(b, h, tq)[first * self.q.stride..];
-        // SAFETY: `n` rows of `q` exist from `first` on, and `out` holds `n * tk` elements.
-        unsafe { product(q, keys, None, shared(out), &rows(n, d, self.q.stride, tk)) };
+        // SAFETY: `n` rows of `q` exist from `first` on, and `out` holds `n` rows.
+        unsafe { product(q, keys.all(), None, shared(out), &rows(n, d, self.q.stride, self.dims.row())) };
         let scale = T::of(scale);
-        for (i, row) in out.chunks_exact_mut(tk).take(n).enumerate() {
+        for (i, row) in out.chunks_exact_mut(self.dims.row()).take(n).enumerate() {
+            let row = &mut row[..tk];
             match self.bias {
                 Some((bias, dims)) => {
                     let bias = &bias[self.bias_row(dims, b, h, first + i)..][..tk];
@@ -139,7 +159,6 @@ impl<T: Real> Inputs<'_, T> {
                     }
                 }
             }
-            softmax_row(row);
         }
     }
 
@@ -148,32 +167,50 @@ impl<T: Real> Inputs<'_, T> {
         batch * heads * tq * tk * (d + dv + 16) / 4
     }
 
-    fn forward(&self) -> Vec<T> {
-        let Dims { batch, heads, tq, tk, d, dv, .. } = self.dims;
+    /// The result, and for each query of each head the largest logit and the inverse of the sum of the exponentials.
+    fn forward(&self) -> (Vec<T>, Vec<T>) {
+        let Dims { batch, heads, tq, tk, dv, .. } = self.dims;
+        let (block, n_blocks) = self.dims.blocks();
+        let ld = self.dims.row();
+        let mut norms = vec![T::ZERO; batch * heads * tq * 2];
+        let norms_pointer = shared(&mut norms);
         let fill = |out: Shared<T>| {
             for_each(batch * heads, self.work(), |task| {
                 let (b, h) = (task / heads, task % heads);
-                let keys = pack_transposed(self.k.of(b, h, tk), tk, d, self.k.stride);
+                let keys = pack_transposed(self.k.of(b, h, tk), tk, self.dims.d, self.k.stride);
                 let values = pack_straight(self.v.of(b, h, tk), tk, dv, self.v.stride);
-                let mut weights = vec![T::ZERO; QUERIES.min(tq) * tk];
-                for first in (0..tq).step_by(QUERIES) {
-                    let n = QUERIES.min(tq - first);
-                    self.weights(b, h, first, n, &keys, &mut weights);
-                    let mut to = rows(n, tk, tk, heads * dv);
-                    to.out_start = ((b * tq + first) * heads + h) * dv;
+                let mut weights = vec![T::ZERO; block * ld];
+                for first in (0..n_blocks).map(|i| i * block).filter(|&first| first < tq) {
+                    let n = block.min(tq - first);
+                    self.logits(b, h, (first, n), &keys, &mut weights);
+                    // SAFETY: each task has the rows of its head.
+                    let norms = unsafe { norms_pointer.range((task * tq + first) * 2, n * 2) };
+                    for (row, norm) in weights.chunks_exact_mut(ld).zip(norms.chunks_exact_mut(2)) {
+                        (norm[0], norm[1]) = exponentials(&mut row[..tk]);
+                    }
+                    let start = ((b * tq + first) * heads + h) * dv;
+                    let to = Rows { out_start: start, ..rows(n, tk, ld, heads * dv) };
                     // SAFETY: each task writes its own head's channels of its own example.
-                    unsafe { product(&weights, &values, None, out, &to) };
+                    unsafe { product(&weights, values.all(), None, out, &to) };
+                    for (i, norm) in norms.chunks_exact(2).enumerate() {
+                        // SAFETY: as above.
+                        let row = unsafe { out.range(start + i * heads * dv, dv) };
+                        row.iter_mut().for_each(|y| *y *= norm[1]);
+                    }
                 }
             });
         };
         // SAFETY: the heads together write every element.
-        unsafe { filled(batch * tq * heads * dv, fill) }
+        let y = unsafe { filled(batch * tq * heads * dv, fill) };
+        (y, norms)
     }
 
     /// Gradients of q `[B, Tq, H, D]`, and of k and v in the layout of the inputs (`kv_width` elements per head:
     /// both in one buffer when they share a tensor), and of the bias if asked for.
-    fn backward(&self, y: &[T], g: &[T], shared_kv: bool, bias_gradient: bool) -> [Vec<T>; 4] {
+    fn backward(&self, y: &[T], g: &[T], norms: &[T], shared_kv: bool, bias_gradient: bool) -> [Vec<T>; 4] {
         let Dims { batch, heads, tq, tk, d, dv, scale } = self.dims;
+        let (block, n_blocks) = self.dims.blocks();
+        let ld = self.dims.row();
         let (k_width, v_width) = if shared_kv { (d + dv, d + dv) } else { (d, dv) };
         let v_start = if shared_kv { d } else { 0 };
         let mut dk = vec![T::ZERO; batch * tk * heads * k_width];
@@ -190,23 +227,27 @@ impl<T: Real> Inputs<'_, T> {
             let keys_t = pack_transposed(keys, tk, d, self.k.stride);
             let keys_s = pack_straight(keys, tk, d, self.k.stride);
             let values_t = pack_transposed(self.v.of(b, h, tk), tk, dv, self.v.stride);
-            let mut weights = vec![T::ZERO; QUERIES.min(tq) * tk];
-            let mut d_logits = vec![T::ZERO; QUERIES.min(tq) * tk];
+            let (mut weights, mut d_logits) = (vec![T::ZERO; block * ld], vec![T::ZERO; block * ld]);
             let (mut dk_sum, mut dv_sum) = (vec![T::ZERO; tk * d], vec![T::ZERO; tk * dv]);
             let factor = T::of(scale);
-            for first in (0..tq).step_by(QUERIES) {
-                let n = QUERIES.min(tq - first);
-                self.weights(b, h, first, n, &keys_t, &mut weights);
+            for first in (0..n_blocks).map(|i| i * block).filter(|&first| first < tq) {
+                let n = block.min(tq - first);
+                self.logits(b, h, (first, n), &keys_t, &mut weights);
                 let start = ((b * tq + first) * heads + h) * dv;
+                let norms = &norms[((b * heads + h) * tq + first) * 2..][..n * 2];
                 let g = &g[start..];
-                // SAFETY: `n` rows exist from `first` on; `d_logits` holds `n * tk` elements.
-                unsafe { product(g, &values_t, None, shared(&mut d_logits), &rows(n, dv, heads * dv, tk)) };
-                for i in 0..n {
-                    let (w, dl) = (&weights[i * tk..(i + 1) * tk], &mut d_logits[i * tk..(i + 1) * tk]);
+                // SAFETY: `n` rows exist from `first` on; `d_logits` holds as many.
+                unsafe {
+                    product(g, values_t.all(), None, shared(&mut d_logits), &rows(n, dv, heads * dv, ld))
+                };
+                for (i, norm) in norms.chunks_exact(2).enumerate() {
+                    let (w, dl) = (&mut weights[i * ld..][..tk], &mut d_logits[i * ld..][..tk]);
                     let (y, g) = (&y[start + i * heads * dv..][..dv], &g[i * heads * dv..][..dv]);
-                    let level = crate::kernels::lane_sum(dv, |j| y[j] * g[j]);
-                    for (dl, &w) in dl.iter_mut().zip(w) {
-                        *dl = w * (*dl - level);
+                    let level = dot(y, g);
+                    let (max, inverse) = (norm[0], norm[1]);
+                    for (w, dl) in w.iter_mut().zip(dl.iter_mut()) {
+                        *w = (*w - max).exp_of_negative() * inverse;
+                        *dl = *w * (*dl - level);
                     }
                     if let Some(dims) = bias_dims {
                         // SAFETY: the row belongs to this task alone.
@@ -219,21 +260,20 @@ impl<T: Real> Inputs<'_, T> {
                         *dl *= factor;
                     }
                 }
-                let mut to = rows(n, tk, tk, heads * d);
-                to.out_start = ((b * tq + first) * heads + h) * d;
+                let to = Rows { out_start: ((b * tq + first) * heads + h) * d, ..rows(n, tk, ld, heads * d) };
                 let q = &self.q.of(b, h, tq)[first * self.q.stride..];
                 // SAFETY: each (b, h) writes its own rows of `dq`; the matrices have `n` rows.
-                let (dk_part, dv_part) = unsafe {
-                    product(&d_logits, &keys_s, None, dq, &to);
-                    let rows = rows(n, tk, tk, self.q.stride);
-                    let dk_part = weight_gradient(&d_logits, q, d, &rows);
-                    let dv_part = weight_gradient(&weights, g, dv, &Rows { out_step: heads * dv, ..rows });
-                    (dk_part, dv_part)
-                };
-                for (sum, part) in [(&mut dk_sum, dk_part), (&mut dv_sum, dv_part)] {
-                    for (s, p) in sum.iter_mut().zip(part) {
-                        *s += p;
-                    }
+                unsafe {
+                    product(&d_logits, keys_s.all(), None, dq, &to);
+                    let rows = rows(n, tk, ld, self.q.stride);
+                    dk_sum = weight_gradient(&d_logits, q, d, &rows, Some(dk_sum));
+                    dv_sum = weight_gradient(
+                        &weights,
+                        g,
+                        dv,
+                        &Rows { out_step: heads * dv, ..rows },
+                        Some(dv_sum),
+                    );
                 }
             }
             for t in 0..tk {
@@ -261,6 +301,21 @@ impl<T: Real> Inputs<'_, T> {
         let dq = unsafe { filled(batch * tq * heads * d, fill) };
         [dq, dk, dv_own, d_bias]
     }
+}
+
+/// Turns logits into their exponentials, the largest of them 1; returns the largest logit and the inverse of the sum.
+/// A row of `-inf` becomes zeros, with 0 as the inverse.
+#[inline(always)]
+fn exponentials<T: Real>(row: &mut [T]) -> (T, T) {
+    let max = crate::kernels::lane_max(row);
+    if max == T::NEG_INFINITY {
+        row.fill(T::ZERO);
+        return (T::ZERO, T::ZERO);
+    }
+    for w in row.iter_mut() {
+        *w = (*w - max).exp_of_negative();
+    }
+    (max, T::ONE / lane_sum(row.len(), |i| row[i]))
 }
 
 impl Attention {
@@ -307,7 +362,10 @@ impl CustomOp3 for Attention {
         by_dtype!(dtype(q), T => {
             let bias = self.bias.as_ref().map(view::<T>).transpose()?;
             let inputs = self.inputs(slice::<T>(q, ql)?, slice(k, kl)?, slice(v, vl)?, bias.as_deref());
-            Ok((T::storage(inputs.forward()), Shape::from((batch, tq, heads, dv))))
+            let (y, norms) = inputs.forward();
+            // An operation runs forward once.
+            let _ = self.norms.set(tensor(norms, (batch, heads, tq, 2))?);
+            Ok((T::storage(y), Shape::from((batch, tq, heads, dv))))
         })
     }
 
@@ -325,7 +383,9 @@ impl CustomOp3 for Attention {
             let (q_data, second_data, third_data) = (view::<T>(q)?, view::<T>(second)?, view::<T>(third)?);
             let inputs = self.inputs(&q_data, &second_data, &third_data, bias.as_deref());
             let shared_kv = self.shared_kv();
-            let [dq, dk, dv, d_bias] = inputs.backward(&view::<T>(y)?, &view::<T>(&grad)?, shared_kv, shared_kv);
+            let norms = view::<T>(self.norms.get().expect("set by the forward pass"))?;
+            let (y, g) = (view::<T>(y)?, view::<T>(&grad)?);
+            let [dq, dk, dv, d_bias] = inputs.backward(&y, &g, &norms, shared_kv, shared_kv);
             let third_gradient = if shared_kv { d_bias } else { dv };
             Ok((
                 Some(tensor(dq, q.shape())?),

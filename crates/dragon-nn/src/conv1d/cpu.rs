@@ -1,117 +1,16 @@
-//! [`super::conv1d`] on the CPU, forward and backward.
+//! [`super::conv1d`] on the CPU.
 
 use super::Conv1dSpec;
-use crate::backward::hand_over;
-use crate::kernels::conv::{Geometry, correlate, correlate_adjoint, correlate_weight_gradient};
-use crate::kernels::{Real, by_dtype, column_sums, dtype, slice, tensor, view};
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
+use crate::kernels::conv::Geometry;
+use crate::kernels::correlation::Correlation;
+use candle_core::{Result, Shape, Tensor};
 
 pub(crate) fn conv1d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, spec: Conv1dSpec) -> Result<Tensor> {
     let (batch, t_in, c_in) = x.dims3()?;
     let (c_out, _, kernel) = weight.dims3()?;
     let Conv1dSpec { stride, padding, dilation, groups } = spec;
     let t_out = spec.out_len(t_in, kernel)?;
-    let op = Conv(Geometry { batch, t_in, c_in, t_out, c_out, kernel, stride, padding, dilation, groups });
-    let (x, weight) = (x.contiguous()?, weight.contiguous()?);
-    match bias {
-        Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, op),
-        None => x.apply_op2(&weight, op),
-    }
-}
-
-struct Conv(Geometry);
-
-impl Conv {
-    fn forward<T: Real>(
-        &self,
-        x: (&CpuStorage, &Layout),
-        w: (&CpuStorage, &Layout),
-        bias: Option<(&CpuStorage, &Layout)>,
-    ) -> Result<(CpuStorage, Shape)> {
-        let bias = bias.map(|(s, l)| slice::<T>(s, l)).transpose()?;
-        let y = correlate(slice::<T>(x.0, x.1)?, slice(w.0, w.1)?, bias, &self.0);
-        Ok((T::storage(y), Shape::from((self.0.batch, self.0.t_out, self.0.c_out))))
-    }
-
-    fn backward<T: Real>(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        bias: Option<&Tensor>,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let grad = grad.contiguous()?;
-        let g = view::<T>(&grad)?;
-        let dx = match x.track_op() {
-            true => Some(tensor(correlate_adjoint(&g, &view::<T>(w)?, None, &self.0), x.shape())?),
-            false => None,
-        };
-        let dw = match w.track_op() {
-            true => hand_over(w, tensor(correlate_weight_gradient(&view::<T>(x)?, &g, &self.0), w.shape())?)?,
-            false => None,
-        };
-        let db = match bias {
-            Some(bias) if bias.track_op() => {
-                hand_over(bias, tensor(column_sums(&g, self.0.c_out), bias.shape())?)?
-            }
-            _ => None,
-        };
-        Ok((dx, dw, db))
-    }
-}
-
-impl CustomOp2 for Conv {
-    fn name(&self) -> &'static str {
-        "conv1d"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        xl: &Layout,
-        w: &CpuStorage,
-        wl: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        by_dtype!(dtype(w), T => self.forward::<T>((x, xl), (w, wl), None))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (dx, dw, _) = by_dtype!(w.dtype(), T => self.backward::<T>(x, w, None, grad))?;
-        Ok((dx, dw))
-    }
-}
-
-impl CustomOp3 for Conv {
-    fn name(&self) -> &'static str {
-        "conv1d"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        xl: &Layout,
-        w: &CpuStorage,
-        wl: &Layout,
-        b: &CpuStorage,
-        bl: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        by_dtype!(dtype(w), T => self.forward::<T>((x, xl), (w, wl), Some((b, bl))))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        b: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        by_dtype!(w.dtype(), T => self.backward::<T>(x, w, Some(b), grad))
-    }
+    let geometry = Geometry { batch, t_in, c_in, t_out, c_out, kernel, stride, padding, dilation, groups };
+    let shape = Shape::from((batch, t_out, c_out));
+    Correlation { name: "conv1d", geometry, adjoint: false, shape }.apply(x, weight, bias)
 }

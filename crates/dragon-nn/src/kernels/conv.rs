@@ -59,7 +59,7 @@ pub(crate) fn correlate<T: Real>(x: &[T], w: &[T], bias: Option<&[T]>, geo: &Geo
             for group in 0..geo.groups {
                 let packed = Packed::new(w, (k, ig, og), |tap| group * og * ig * k + tap, (k, ig * k));
                 let bias = bias.map(|b| &b[group * og..(group + 1) * og]);
-                product(&x[(group * ig).min(x.len())..], &packed, bias, out, &geo.rows(&taps, group));
+                product(&x[(group * ig).min(x.len())..], packed.all(), bias, out, &geo.rows(&taps, group));
             }
         })
     }
@@ -72,26 +72,33 @@ pub(crate) fn correlate<T: Real>(x: &[T], w: &[T], bias: Option<&[T]>, geo: &Geo
 pub(crate) fn correlate_adjoint<T: Real>(g: &[T], w: &[T], bias: Option<&[T]>, geo: &Geometry) -> Vec<T> {
     let (ig, og, k) = (geo.in_group(), geo.out_group(), geo.kernel);
     let (stride, padding) = (geo.stride, geo.padding);
+    // Taps by phase; within a phase from the last to the first: their rows then follow each other.
+    let phase = |tap: usize| tap * geo.dilation % stride;
+    let kernel: Vec<usize> =
+        (0..stride).flat_map(|p| (0..k).rev().filter(move |&tap| phase(tap) == p)).collect();
     // SAFETY: the phases and groups together write every element.
     unsafe {
         filled(geo.batch * geo.t_in * geo.c_in, |out| {
-            for phase in 0..stride {
-                // Taps from the last to the first: their rows then follow each other.
-                let kernel: Vec<usize> =
-                    (0..k).rev().filter(|tap| tap * geo.dilation % stride == phase).collect();
-                // Rows j of this phase lie at stride * j + phase - padding in 0..t_in.
-                let first = padding.saturating_sub(phase).div_ceil(stride);
-                let end = (geo.t_in + padding).saturating_sub(phase).div_ceil(stride);
-                if end <= first {
-                    continue;
-                }
-                let taps: Vec<isize> = kernel
-                    .iter()
-                    .map(|tap| first as isize - ((tap * geo.dilation - phase) / stride) as isize)
-                    .collect();
-                for group in 0..geo.groups {
-                    let start = |block: usize| group * og * ig * k + kernel[block];
-                    let packed = Packed::new(w, (kernel.len(), og, ig), start, (ig * k, k));
+            for group in 0..geo.groups {
+                let start = |block: usize| group * og * ig * k + kernel[block];
+                let packed = Packed::new(w, (k, og, ig), start, (ig * k, k));
+                let bias = bias.map(|b| &b[group * ig..(group + 1) * ig]);
+                let mut n_before = 0;
+                for p in 0..stride {
+                    let own: Vec<usize> =
+                        kernel[n_before..].iter().copied().take_while(|&tap| phase(tap) == p).collect();
+                    let panels = packed.part(n_before * og..(n_before + own.len()) * og);
+                    n_before += own.len();
+                    // Rows j of this phase lie at stride * j + p - padding in 0..t_in.
+                    let first = padding.saturating_sub(p).div_ceil(stride);
+                    let end = (geo.t_in + padding).saturating_sub(p).div_ceil(stride);
+                    if end <= first {
+                        continue;
+                    }
+                    let taps: Vec<isize> = own
+                        .iter()
+                        .map(|tap| first as isize - ((tap * geo.dilation - p) / stride) as isize)
+                        .collect();
                     let rows = Rows {
                         batch: geo.batch,
                         in_batch: geo.t_out * geo.c_out,
@@ -103,11 +110,10 @@ pub(crate) fn correlate_adjoint<T: Real>(g: &[T], w: &[T], bias: Option<&[T]>, g
                         width: og,
                         in_stride: geo.c_out,
                         out_step: stride * geo.c_in,
-                        out_start: (stride * first + phase - padding) * geo.c_in + group * ig,
+                        out_start: (stride * first + p - padding) * geo.c_in + group * ig,
                         parallel: true,
                     };
-                    let bias = bias.map(|b| &b[group * ig..(group + 1) * ig]);
-                    product(&g[(group * og).min(g.len())..], &packed, bias, out, &rows);
+                    product(&g[(group * og).min(g.len())..], panels, bias, out, &rows);
                 }
             }
         })
@@ -122,17 +128,41 @@ pub(crate) fn correlate_weight_gradient<T: Real>(x: &[T], g: &[T], geo: &Geometr
     unsafe {
         filled(geo.c_out * ig * k, |out| {
             for group in 0..geo.groups {
+                if k == 1 && geo.stride == 1 && geo.padding == 0 {
+                    // Every row meets itself: input and output change places, and the result needs no reordering.
+                    let rows = Rows {
+                        batch: 1,
+                        n_rows: geo.batch * geo.t_out,
+                        in_rows: geo.batch * geo.t_out,
+                        width: og,
+                        in_stride: geo.c_out,
+                        out_step: geo.c_in,
+                        out_start: group * ig,
+                        ..geo.rows(&taps, group)
+                    };
+                    let dw = weight_gradient(&g[(group * og).min(g.len())..], x, ig, &rows, None);
+                    out.range(group * og * ig, og * ig).copy_from_slice(&dw);
+                    continue;
+                }
                 let x = &x[(group * ig).min(x.len())..];
-                let taps_first = weight_gradient(x, g, og, &geo.rows(&taps, group));
-                // [k, i, o] -> [o, i, k], sixteen `o` at a time: reads by cache lines, sixteen streams of writes.
-                for_each(og.div_ceil(16), taps_first.len(), |block| {
-                    let columns = block * 16..((block + 1) * 16).min(og);
+                let taps_first = weight_gradient(x, g, og, &geo.rows(&taps, group), None);
+                // [k, i, o] -> [o, i, k], eight by eight.
+                for_each(og.div_ceil(8), taps_first.len(), |block| {
+                    let columns = block * 8..((block + 1) * 8).min(og);
                     let part = out.range((group * og + columns.start) * ig * k, columns.len() * ig * k);
-                    for i in 0..ig {
-                        for tap in 0..k {
-                            let line = &taps_first[(tap * ig + i) * og..][..og][columns.clone()];
-                            for (o, &v) in line.iter().enumerate() {
-                                part[o * ig * k + i * k + tap] = v;
+                    // Row `f` of the result is input channel `f / k`, tap `f % k`.
+                    let row = |f: usize| &taps_first[(f % k * ig + f / k) * og..][..og][columns.clone()];
+                    for f in (0..ig * k).step_by(8) {
+                        let n = 8.min(ig * k - f);
+                        if n == 8 && columns.len() == 8 {
+                            let from = std::array::from_fn(|j| row(f + j).as_ptr());
+                            let to = std::array::from_fn(|o| part[o * ig * k + f..][..8].as_mut_ptr());
+                            T::transpose(from, to);
+                        } else {
+                            for j in f..f + n {
+                                for (o, &v) in row(j).iter().enumerate() {
+                                    part[o * ig * k + j] = v;
+                                }
                             }
                         }
                     }

@@ -1,19 +1,39 @@
 //! Matrix products over rows that are gathered on the way: the core of the linear and convolution layers.
 //!
-//! One micro-kernel ([`Real::tile`]) multiplies up to six rows, read in place through pointers, with sixteen packed
-//! columns. Since rows are pointers, a convolution needs neither padding nor an unfolded copy of its input: each tap
+//! One micro-kernel ([`Real::tile`]) multiplies a few rows, read in place through pointers, with one or two panels of
+//! sixteen packed columns. Since rows are pointers, a convolution needs neither padding nor an unfolded copy of its input: each tap
 //! points into the activations, or at a row of zeros. Every element is a sum in the order of its depth, whatever the
 //! number of rows, tiles or threads, so results depend on none of these.
 
+use super::real::{Start, Target};
 use super::{Real, Shared, filled, for_each, ordered_sum};
 
 /// Columns of a packed panel.
 pub(crate) const NR: usize = 16;
-/// Rows of a tile: 6 x 16 fills twelve of the sixteen vector registers of AVX2.
-const MR: usize = 6;
-/// Depth of a product done at a time: 256 x 16 floats fill half of a first-level cache of 32 KiB.
-const KC: usize = 256;
+/// Rows and panels of a tile. 6 x 16 fills twelve of the sixteen vector registers of AVX2, 8 x 32 sixteen of the 32 of
+/// AVX-512.
+const MR: usize = if cfg!(target_feature = "avx512f") { 8 } else { 6 };
+/// See [`MR`].
+const PANELS: usize = if cfg!(target_feature = "avx512f") { 2 } else { 1 };
+/// Depth of a product done at a time: long enough to make little of reading and writing the sums, short enough for the
+/// columns of a tile to stay near.
+const KC: usize = if cfg!(target_feature = "avx512f") { 384 } else { 256 };
 
+/// Evaluates an expression in which `$m` stands for the number of rows of a tile.
+macro_rules! by_rows {
+    ($rows:expr, $m:ident => $body:expr) => {
+        by_rows!(@ $rows, $m, $body, 1 2 3 4 5 6 7 8)
+    };
+    (@ $rows:expr, $m:ident, $body:expr, $($n:literal)*) => {
+        match $rows {
+            $($n => {
+                const $m: usize = if $n < MR { $n } else { MR };
+                $body
+            })*
+            _ => unreachable!("a tile has 1 to {MR} rows"),
+        }
+    };
+}
 /// A matrix `[depth, n]` cut into panels of sixteen columns, each `[depth, 16]`, the last filled up with zeros.
 pub(crate) struct Packed<T> {
     data: Vec<T>,
@@ -36,28 +56,28 @@ impl<T: Real> Packed<T> {
             let last = (0..blocks).map(&start).max().unwrap_or(0);
             assert!(last + (block_depth - 1) * depth_stride + (n - 1) * column_stride < w.len());
         }
-        // SAFETY: every element of every panel is written: `width` columns, then zeros.
+        // Where each row begins, in the order of the addresses: rows that are neighbours there are read together.
+        let mut order: Vec<usize> = (0..blocks).collect();
+        order.sort_by_key(|&block| start(block));
+        let rows: Vec<(usize, usize)> = (0..block_depth)
+            .flat_map(|p| order.iter().map(move |&block| (block, p)))
+            .map(|(block, p)| (start(block) + p * depth_stride, block * block_depth + p))
+            .collect();
+        // SAFETY: every row of every panel is written; reads are inside as checked above.
         let data = unsafe {
             filled(n_panels * depth * NR, |out| {
                 for_each(n_panels, depth * n, |panel| {
                     let out = out.range(panel * depth * NR, depth * NR);
                     let width = NR.min(n - panel * NR);
-                    for block in 0..blocks {
-                        let source = start(block) + panel * NR * column_stride;
-                        let out = &mut out[block * block_depth * NR..(block + 1) * block_depth * NR];
-                        // Sixteen rows at a time: a column's cache line is used up before it goes.
-                        for (p, rows) in out.chunks_mut(NR * NR).enumerate() {
-                            let source = source + p * NR * depth_stride;
-                            for j in 0..width {
-                                for (q, row) in rows.chunks_exact_mut(NR).enumerate() {
-                                    // Bounds: checked above for the last block, depth and column.
-                                    row[j] = *w.get_unchecked(source + q * depth_stride + j * column_stride);
-                                }
-                            }
-                            for row in rows.chunks_exact_mut(NR) {
-                                row[width..].fill(T::ZERO);
-                            }
+                    let w = &w[(panel * NR * column_stride).min(w.len())..];
+                    if column_stride == 1 {
+                        for &(from, row) in &rows {
+                            let to = &mut out[row * NR..][..NR];
+                            to[..width].copy_from_slice(&w[from..from + width]);
+                            to[width..].fill(T::ZERO);
                         }
+                    } else {
+                        pack_columns(w, &rows, column_stride, width, out);
                     }
                 });
             })
@@ -65,8 +85,67 @@ impl<T: Real> Packed<T> {
         Packed { data, depth, n }
     }
 
+    /// All rows.
+    pub(crate) fn all(&self) -> Panels<'_, T> {
+        self.part(0..self.depth)
+    }
+
+    /// Some of the rows.
+    pub(crate) fn part(&self, rows: std::ops::Range<usize>) -> Panels<'_, T> {
+        assert!(rows.start <= rows.end && rows.end <= self.depth);
+        Panels { packed: self, first: rows.start, depth: rows.len() }
+    }
+}
+
+/// Fills one panel from columns `column_stride` apart; `rows` are the addresses of the first column and the rows' places.
+fn pack_columns<T: Real>(
+    w: &[T],
+    rows: &[(usize, usize)],
+    column_stride: usize,
+    width: usize,
+    out: &mut [T],
+) {
+    let zeros = [T::ZERO; 8];
+    let mut rest = rows;
+    while let Some(&(base, _)) = rest.first() {
+        // Rows within eight addresses: eight columns of them at a time go through the registers.
+        let n = rest.iter().take_while(|(from, _)| (base..base + 8).contains(from)).count();
+        let (window, later) = rest.split_at(n);
+        rest = later;
+        for first in [0, 8] {
+            let (mut copies, mut unused) = ([[T::ZERO; 8]; 8], [T::ZERO; 8]);
+            let from = std::array::from_fn(|j| {
+                let start = base + (first + j) * column_stride;
+                if first + j >= width {
+                    zeros.as_ptr()
+                } else if start + 8 <= w.len() {
+                    w[start..].as_ptr()
+                } else {
+                    copies[j][..w.len() - start].copy_from_slice(&w[start..]);
+                    copies[j].as_ptr()
+                }
+            });
+            let mut to = [unused.as_mut_ptr(); 8];
+            for &(address, row) in window {
+                to[address - base] = out[row * NR + first..][..8].as_mut_ptr();
+            }
+            // SAFETY: eight elements each, by the slices above.
+            unsafe { T::transpose(from, to) };
+        }
+    }
+}
+
+/// Consecutive rows of a [`Packed`] matrix.
+#[derive(Clone, Copy)]
+pub(crate) struct Panels<'a, T> {
+    packed: &'a Packed<T>,
+    first: usize,
+    depth: usize,
+}
+
+impl<T: Real> Panels<'_, T> {
     fn panel(&self, i: usize) -> *const T {
-        self.data[i * self.depth * NR..].as_ptr()
+        self.packed.data[(i * self.packed.depth + self.first) * NR..].as_ptr()
     }
 }
 
@@ -106,20 +185,22 @@ pub(crate) struct Rows<'a> {
 /// All rows that [`Rows`] names must lie inside `x` and `out`, for every example; `b` holds `taps · width` rows.
 pub(crate) unsafe fn product<T: Real>(
     x: &[T],
-    b: &Packed<T>,
+    b: Panels<T>,
     bias: Option<&[T]>,
     out: Shared<T>,
     rows: &Rows,
 ) {
     let Rows { batch, in_batch, out_batch, .. } = *rows;
+    let n = b.packed.n;
     assert_eq!(b.depth, rows.taps.len() * rows.width);
-    if rows.n_rows == 0 || b.n == 0 || batch == 0 {
+    if rows.n_rows == 0 || n == 0 || batch == 0 {
         return;
     }
     let zeros = vec![T::ZERO; rows.width];
-    if b.n == 1 {
+    if n == 1 {
         let work = if rows.parallel { batch * rows.n_rows * b.depth } else { 0 };
-        let weights: Vec<T> = (0..b.depth).map(|p| b.data[p * NR]).collect();
+        let weights: Vec<T> =
+            b.packed.data[b.first * NR..].iter().step_by(NR).take(b.depth).copied().collect();
         let start = bias.map_or(T::ZERO, |bias| bias[0]);
         let per_task = super::rows_per_task(b.depth);
         let tasks = rows.n_rows.div_ceil(per_task);
@@ -131,7 +212,7 @@ pub(crate) unsafe fn product<T: Real>(
                     let row = (r * rows.in_step) as isize + tap;
                     if (0..rows.in_rows as isize).contains(&row) {
                         let x = &x[example * in_batch + row as usize * rows.in_stride..][..rows.width];
-                        sum += super::lane_sum(rows.width, |i| x[i] * w[i]);
+                        sum += super::dot(x, w);
                     }
                 }
                 // SAFETY: one element per row, inside by the caller's contract.
@@ -143,14 +224,14 @@ pub(crate) unsafe fn product<T: Real>(
     // Taps that follow each other in memory are one longer tap.
     let dense = rows.width == rows.in_stride && rows.taps.windows(2).all(|w| w[1] == w[0] + 1);
     // A block of rows (96 KiB of f32 at most) stays in the second-level cache while all panels pass over it.
-    let block = (96 * KC / b.depth.clamp(1, KC)).min(384).min(rows.n_rows.next_multiple_of(MR));
+    let block = (96 * 256 / b.depth.clamp(1, 256) / MR * MR).min(384).min(rows.n_rows.next_multiple_of(MR));
     let n_blocks = rows.n_rows.div_ceil(block);
-    let n_panels = b.n.div_ceil(NR);
+    let n_panels = n.div_ceil(NR);
     // Few rows: the panels are split too, so that every thread has work. Fixed by the shape alone.
     let panel_groups = (16usize.div_ceil(n_blocks * batch)).min(n_panels).max(1);
-    let panels_per_group = n_panels.div_ceil(panel_groups);
+    let panels_per_group = n_panels.div_ceil(panel_groups).next_multiple_of(PANELS);
     let panel_groups = n_panels.div_ceil(panels_per_group);
-    let work = if rows.parallel { batch * rows.n_rows * b.n * b.depth / 8 } else { 0 };
+    let work = if rows.parallel { batch * rows.n_rows * n * b.depth / 8 } else { 0 };
     for_each(batch * n_blocks * panel_groups, work, |task| {
         let (example, rest) = (task / (n_blocks * panel_groups), task % (n_blocks * panel_groups));
         let (block_index, group) = (rest / panel_groups, rest % panel_groups);
@@ -161,12 +242,14 @@ pub(crate) unsafe fn product<T: Real>(
         // where they were, so this changes no result.
         for depth in (0..b.depth.max(1)).step_by(KC) {
             let depth = depth..(depth + KC).min(b.depth);
-            for panel in group * panels_per_group..((group + 1) * panels_per_group).min(n_panels) {
-                let width = NR.min(b.n - panel * NR);
-                let mut start = [T::ZERO; NR];
-                if let Some(bias) = bias {
-                    start[..width].copy_from_slice(&bias[panel * NR..panel * NR + width]);
-                }
+            let panels = group * panels_per_group..((group + 1) * panels_per_group).min(n_panels);
+            for panel in panels.clone().step_by(PANELS) {
+                let width = (PANELS * NR).min(n - panel * NR);
+                let start = match bias {
+                    _ if depth.start > 0 => Start::Target,
+                    Some(bias) => Start::Bias(bias[panel * NR..panel * NR + width].as_ptr()),
+                    None => Start::Zero,
+                };
                 let tile = Tile {
                     x,
                     zeros: zeros.as_ptr(),
@@ -174,10 +257,14 @@ pub(crate) unsafe fn product<T: Real>(
                     dense,
                     depth: depth.clone(),
                     b: b.panel(panel),
-                    // SAFETY: inside `out` by the caller's contract.
-                    out: unsafe { out.ptr().add(example * out_batch + rows.out_start + panel * NR) },
-                    width,
-                    start,
+                    panel: b.packed.depth * NR,
+                    to: Target {
+                        // SAFETY: inside `out` by the caller's contract.
+                        out: unsafe { out.ptr().add(example * out_batch + rows.out_start + panel * NR) },
+                        step: rows.out_step,
+                        width,
+                        start,
+                    },
                 };
                 let mut row = first;
                 while row < end {
@@ -186,13 +273,10 @@ pub(crate) unsafe fn product<T: Real>(
                     let m = left.div_ceil(left.div_ceil(MR));
                     // SAFETY: the caller's contract; tiles write rows and columns of their own.
                     unsafe {
-                        match m {
-                            1 => tile.run::<1>(row),
-                            2 => tile.run::<2>(row),
-                            3 => tile.run::<3>(row),
-                            4 => tile.run::<4>(row),
-                            5 => tile.run::<5>(row),
-                            _ => tile.run::<6>(row),
+                        if width > NR {
+                            by_rows!(m, M => tile.run::<M, PANELS>(row));
+                        } else {
+                            by_rows!(m, M => tile.run::<M, 1>(row));
                         }
                     }
                     row += m;
@@ -210,26 +294,17 @@ struct Tile<'a, T> {
     /// The part of the depth to add.
     depth: std::ops::Range<usize>,
     b: *const T,
-    out: *mut T,
-    width: usize,
-    start: [T; NR],
+    /// Elements between panels.
+    panel: usize,
+    /// The columns of row 0.
+    to: Target<T>,
 }
 
 impl<T: Real> Tile<'_, T> {
     /// # Safety
-    /// As [`product`], for rows `row..row + M`.
-    unsafe fn run<const M: usize>(&self, row: usize) {
+    /// As [`product`], for rows `row..row + M` and `P` panels.
+    unsafe fn run<const M: usize, const P: usize>(&self, row: usize) {
         let rows = self.rows;
-        let mut acc = [self.start; M];
-        if self.depth.start > 0 {
-            for (i, acc) in acc.iter_mut().enumerate() {
-                // SAFETY: written by the pass over the depth before.
-                unsafe {
-                    let out = self.out.add((row + i) * rows.out_step);
-                    std::ptr::copy_nonoverlapping(out, acc.as_mut_ptr(), self.width);
-                }
-            }
-        }
         let in_range = |r: isize| (0..rows.in_rows as isize).contains(&r);
         let base = (row * rows.in_step) as isize;
         let last = base + ((M - 1) * rows.in_step) as isize;
@@ -237,39 +312,39 @@ impl<T: Real> Tile<'_, T> {
         let depth = self.depth.clone();
         // SAFETY: pointers are formed for rows in range only; the others read the row of zeros.
         unsafe {
+            let to = Target { out: self.to.out.add(row * rows.out_step), ..self.to };
+            let b = self.b.add(depth.start * NR);
             if self.dense
                 && n_taps > 0
                 && in_range(base + rows.taps[0])
                 && in_range(last + rows.taps[n_taps - 1])
             {
-                let mut a = [self.x; M];
-                for (i, a) in a.iter_mut().enumerate() {
+                let a = std::array::from_fn(|i| {
                     let r = base + (i * rows.in_step) as isize + rows.taps[0];
-                    *a = self.x.offset(r * rows.in_stride as isize).add(depth.start);
-                }
-                T::tile(&mut acc, depth.len(), a, 1, self.b.add(depth.start * NR));
-            } else if !depth.is_empty() {
-                for tap in depth.start / rows.width..depth.end.div_ceil(rows.width) {
-                    let (low, high) = (tap * rows.width, (tap + 1) * rows.width);
-                    let part = depth.start.max(low)..depth.end.min(high);
-                    let mut a = [self.zeros; M];
-                    for (i, a) in a.iter_mut().enumerate() {
-                        let r = base + (i * rows.in_step) as isize + rows.taps[tap];
-                        if in_range(r) {
-                            *a = self.x.offset(r * rows.in_stride as isize).add(part.start - low);
-                        }
+                    self.x.offset(r * rows.in_stride as isize).add(depth.start)
+                });
+                T::tile::<M, P>(std::iter::once((a, depth.len())), 1, b, self.panel, to);
+                return;
+            }
+            // Tap by tap; a tap's part of the depth may begin or end inside of it.
+            let taps = match rows.width {
+                0 => 0..0,
+                width => depth.start / width..depth.end.div_ceil(width),
+            };
+            let segments = taps.map(|tap| {
+                let (low, high) = (tap * rows.width, (tap + 1) * rows.width);
+                let part = depth.start.max(low)..depth.end.min(high);
+                let a = std::array::from_fn(|i| {
+                    let r = base + (i * rows.in_step) as isize + rows.taps[tap];
+                    if in_range(r) {
+                        self.x.offset(r * rows.in_stride as isize).add(part.start - low)
+                    } else {
+                        self.zeros
                     }
-                    T::tile(&mut acc, part.len(), a, 1, self.b.add(part.start * NR));
-                }
-            }
-            for (i, acc) in acc.iter().enumerate() {
-                let out = self.out.add((row + i) * rows.out_step);
-                if self.width == NR {
-                    std::ptr::copy_nonoverlapping(acc.as_ptr(), out, NR);
-                } else {
-                    std::ptr::copy_nonoverlapping(acc.as_ptr(), out, self.width);
-                }
-            }
+                });
+                (a, part.len())
+            });
+            T::tile::<M, P>(segments, 1, b, self.panel, to);
         }
     }
 }
@@ -278,20 +353,26 @@ impl<T: Real> Tile<'_, T> {
 /// as `[taps · width, n]`, row-major.
 ///
 /// `g` holds the rows of the result's gradient: row `r` of an example starts at `r * out_step + out_start`.
+/// The gradient is added to `sum`, if there is one: for callers that are one task of many.
 ///
 /// # Safety
 /// As for [`product`], with `g` in the place of `out`.
-pub(crate) unsafe fn weight_gradient<T: Real>(x: &[T], g: &[T], n: usize, rows: &Rows) -> Vec<T> {
+pub(crate) unsafe fn weight_gradient<T: Real>(
+    x: &[T],
+    g: &[T],
+    n: usize,
+    rows: &Rows,
+    sum: Option<Vec<T>>,
+) -> Vec<T> {
+    assert!(sum.is_none() || !rows.parallel);
     /// Elements between the copied rows of a tile: one register of f32.
     const WIDE: usize = 8;
     /// Panels that stay in the second-level cache while all tiles pass over them.
-    const PANELS: usize = 32;
+    const NEAR: usize = 32;
     let batch = rows.batch;
     let m = rows.taps.len() * rows.width;
-    // Rows of `g` packed at a time. A small sum stays in the cache, and then 128 x 16 floats and the rows that meet
-    // them fit the first level; a large one is read and written once per chunk, so fewer chunks win.
-    let longest = if m * n < 1 << 17 { 128 } else { 384 };
-    let depth = rows.n_rows.div_ceil(rows.n_rows.div_ceil(longest).max(1)).max(1);
+    // Rows of `g` packed at a time: the sum is read and written once per chunk.
+    let depth = rows.n_rows.div_ceil(rows.n_rows.div_ceil(256).max(1)).max(1);
     let chunks_per_example = rows.n_rows.div_ceil(depth);
     let n_chunks = batch * chunks_per_example;
     // Parallel over the depth as long as the partial sums stay small (4M elements), else over the result's rows.
@@ -368,8 +449,8 @@ pub(crate) unsafe fn weight_gradient<T: Real>(x: &[T], g: &[T], n: usize, rows: 
                     *a = x.offset(row * rows.in_stride as isize).add(channel);
                 }
                 let mut step = rows.in_step * rows.in_stride;
-                // Several panels: a copy side by side saves each of them the walk through distant cache lines.
-                if panels.len() > 1 {
+                // Many panels: a copy side by side saves each of them the walk through distant cache lines.
+                if panels.len() > 2 * PANELS {
                     let side_by_side = (1..len).all(|j| a[j] == a[0].add(j));
                     let last = a[0].add((k - 1) * step + WIDE);
                     if side_by_side && last <= whole.as_ptr_range().end {
@@ -388,31 +469,27 @@ pub(crate) unsafe fn weight_gradient<T: Real>(x: &[T], g: &[T], n: usize, rows: 
                     }
                     step = WIDE;
                 }
-                for panel in panels {
-                    let block = GradientTile {
-                        a: &a,
-                        step,
-                        k,
-                        b: packed.as_ptr().add((panel * depth + (r0 - first)) * NR),
+                for panel in panels.step_by(PANELS) {
+                    let width = (PANELS * NR).min(n - panel * NR);
+                    let to = Target {
                         out: sum.ptr().add(i * n + panel * NR),
-                        out_stride: n,
-                        width: NR.min(n - panel * NR),
+                        step: n,
+                        width,
+                        start: Start::Added,
                     };
-                    match len {
-                        1 => block.run::<1>(),
-                        2 => block.run::<2>(),
-                        3 => block.run::<3>(),
-                        4 => block.run::<4>(),
-                        5 => block.run::<5>(),
-                        _ => block.run::<6>(),
+                    let b = packed.as_ptr().add((panel * depth + (r0 - first)) * NR);
+                    if width > NR {
+                        by_rows!(len, M => gradient_tile::<T, M, PANELS>(&a, k, step, b, depth * NR, to));
+                    } else {
+                        by_rows!(len, M => gradient_tile::<T, M, 1>(&a, k, step, b, depth * NR, to));
                     }
                 }
             };
             let (r0, r1) = (first.max(inner.0).min(end), end.min(inner.1).max(first));
             if r0 < r1 {
-                for group in (0..n_panels).step_by(PANELS) {
+                for group in (0..n_panels).step_by(NEAR) {
                     for i in m_range.clone().step_by(MR) {
-                        tile(i, MR.min(m_range.end - i), r0, r1, group..(group + PANELS).min(n_panels));
+                        tile(i, MR.min(m_range.end - i), r0, r1, group..(group + NEAR).min(n_panels));
                     }
                 }
             }
@@ -434,7 +511,7 @@ pub(crate) unsafe fn weight_gradient<T: Real>(x: &[T], g: &[T], n: usize, rows: 
     };
 
     if depth_parts == 1 {
-        let mut sum = vec![T::ZERO; m * n];
+        let mut sum = sum.unwrap_or_else(|| vec![T::ZERO; m * n]);
         let pointer = super::shared(&mut sum);
         for_each(row_parts, work, |row_part| compute(0, row_part, pointer));
         return sum;
@@ -460,33 +537,18 @@ pub(crate) unsafe fn weight_gradient<T: Real>(x: &[T], g: &[T], n: usize, rows: 
     parts
 }
 
-/// `M` rows of a gradient, sixteen columns: `out[i] += Σ_p a[i][p · step] · b[p]`.
-struct GradientTile<'a, T> {
-    a: &'a [*const T; MR],
-    step: usize,
+/// `M` rows of a gradient, `P` panels: `to[i] += Σ_p a[i][p · step] · b[p]`.
+///
+/// # Safety
+/// As [`Real::tile`].
+unsafe fn gradient_tile<T: Real, const M: usize, const P: usize>(
+    a: &[*const T; MR],
     k: usize,
+    step: usize,
     b: *const T,
-    out: *mut T,
-    out_stride: usize,
-    width: usize,
-}
-
-impl<T: Real> GradientTile<'_, T> {
-    /// # Safety
-    /// `a[i][p · step]` for `i < M`, `b[16 p..]` and `width` columns of `M` rows of `out` must be valid.
-    unsafe fn run<const M: usize>(&self) {
-        let mut acc = [[T::ZERO; NR]; M];
-        let mut rows = [self.b; M];
-        rows.copy_from_slice(&self.a[..M]);
-        // SAFETY: the caller's contract.
-        unsafe {
-            T::tile(&mut acc, self.k, rows, self.step, self.b);
-            for (i, acc) in acc.iter().enumerate() {
-                let out = std::slice::from_raw_parts_mut(self.out.add(i * self.out_stride), self.width);
-                for (o, &v) in out.iter_mut().zip(acc) {
-                    *o += v;
-                }
-            }
-        }
-    }
+    panel: usize,
+    to: Target<T>,
+) {
+    // SAFETY: the caller's contract.
+    unsafe { T::tile::<M, P>(std::iter::once((std::array::from_fn(|i| a[i]), k)), step, b, panel, to) };
 }

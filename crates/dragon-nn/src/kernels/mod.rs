@@ -2,6 +2,7 @@
 //! never depend on the number of threads, and the matrix products.
 
 pub(crate) mod conv;
+pub(crate) mod correlation;
 pub(crate) mod gemm;
 pub(crate) mod norm;
 mod real;
@@ -229,22 +230,44 @@ pub(crate) fn rows_per_part(rows: usize) -> usize {
 #[inline(always)]
 pub(crate) fn lane_sum<T: Real>(n: usize, f: impl Fn(usize) -> T) -> T {
     let mut lanes = [T::ZERO; 16];
-    let whole = n / 16 * 16;
-    for start in (0..whole).step_by(16) {
-        for (j, lane) in lanes.iter_mut().enumerate() {
-            *lane += f(start + j);
+    let mut start = 0;
+    // In this form the compiler sees that `start + j` stays below `n`, and checks no index.
+    while n - start >= 16 {
+        for j in 0..16 {
+            lanes[j] += f(start + j);
+        }
+        start += 16;
+    }
+    for i in start..n {
+        lanes[i - start] += f(i);
+    }
+    fold(lanes)
+}
+
+/// `Σ x[i] y[i]` in sixteen interleaved sums, added up pairwise.
+#[inline(always)]
+pub(crate) fn dot<T: Real>(x: &[T], y: &[T]) -> T {
+    let mut lanes = [T::ZERO; 16];
+    let (xs, ys) = (x.chunks_exact(16), y.chunks_exact(16));
+    for (j, (&x, &y)) in xs.remainder().iter().zip(ys.remainder()).enumerate() {
+        lanes[j] = x * y;
+    }
+    for (x, y) in xs.zip(ys) {
+        for j in 0..16 {
+            lanes[j] = x[j].fma(y[j], lanes[j]);
         }
     }
-    for i in whole..n {
-        lanes[i - whole] += f(i);
-    }
-    let mut width = 8;
-    while width > 0 {
+    fold(lanes)
+}
+
+/// The sum of sixteen numbers, pairwise.
+#[inline(always)]
+fn fold<T: Real>(mut lanes: [T; 16]) -> T {
+    for width in [8, 4, 2, 1] {
         for j in 0..width {
             let other = lanes[j + width];
             lanes[j] += other;
         }
-        width /= 2;
     }
     lanes[0]
 }

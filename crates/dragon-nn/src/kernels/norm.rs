@@ -41,25 +41,25 @@ pub(crate) fn forward<T: Real>(x: &[T], c: usize, norm: Norm, affine: Affine<T>)
         filled(x.len(), |out| {
             for_each(rows.div_ceil(block), x.len() * 4, |task| {
                 for r in task * block..((task + 1) * block).min(rows) {
-                    let x = &x[r * c..(r + 1) * c];
+                    let x = &x[r * c..][..c];
                     let y = out.range(r * c, c);
                     let group = r / affine.rows_per_group * c;
                     let (mean, inverse) = moments(x, norm);
                     match (affine.scale, affine.shift) {
                         (Some(w), Some(b)) => {
-                            let (w, b) = (&w[group..group + c], &b[group..group + c]);
+                            let (w, b) = (&w[group..][..c], &b[group..][..c]);
                             for i in 0..c {
                                 y[i] = ((x[i] - mean) * inverse).fma(w[i] + offset, b[i]);
                             }
                         }
                         (Some(w), None) => {
-                            let w = &w[group..group + c];
+                            let w = &w[group..][..c];
                             for i in 0..c {
                                 y[i] = (x[i] - mean) * inverse * (w[i] + offset);
                             }
                         }
                         (None, Some(b)) => {
-                            let b = &b[group..group + c];
+                            let b = &b[group..][..c];
                             for i in 0..c {
                                 y[i] = (x[i] - mean).fma(inverse, b[i]);
                             }
@@ -101,9 +101,9 @@ pub(crate) fn backward<T: Real>(
                 let group_end = ((group + 1) * affine.rows_per_group).min(rows);
                 let start = group * affine.rows_per_group + part * part_rows;
                 let (dw, db) = sums_pointer.range(task * 2 * c, 2 * c).split_at_mut(c);
-                let w = affine.scale.map_or(&ones[..], |w| &w[group * c..(group + 1) * c]);
+                let w = affine.scale.map_or(&ones[..c], |w| &w[group * c..][..c]);
                 for r in start..(start + part_rows).min(group_end) {
-                    let (x, g) = (&x[r * c..(r + 1) * c], &g[r * c..(r + 1) * c]);
+                    let (x, g) = (&x[r * c..][..c], &g[r * c..][..c]);
                     let dx = dx.range(r * c, c);
                     let n = T::of(c as f64);
                     let (mean, inverse) = moments(x, norm);

@@ -30,6 +30,8 @@ pub(crate) trait Real:
     fn fma(self, b: Self, c: Self) -> Self;
     fn root(self) -> Self;
     fn exp_(self) -> Self;
+    /// `exp(self)` for `self <= 0` or NaN, with fewer steps.
+    fn exp_of_negative(self) -> Self;
     fn sin_cos_(self) -> (Self, Self);
     fn erf_(self) -> Self;
     fn max_(self, other: Self) -> Self;
@@ -41,27 +43,127 @@ pub(crate) trait Real:
         Self::ONE / (Self::ONE + (-self).exp_())
     }
 
-    /// Adds `M` rows of 16 products to `acc`: `acc[i][j] += Σ_p a[i][p * step] * b[16 p + j]`, in the order of `p`.
+    /// Sums of `M` rows of products with `P` panels of 16 columns, in the order of the depth:
+    /// `sum[i][q][j] = Σ_p a[i][p * step] * b[q * panel + 16 p + j]`, where `segments` gives `a` and its depth piece by
+    /// piece and `b` runs through all of them.
     ///
     /// # Safety
-    /// `a[i]` must be readable at `p * step` and `b` at `16 p .. 16 p + 16` for every `p < k`.
+    /// `a[i]` must be readable at `p * step` for every `p` of its segment, `b` at all that the sum names, and `to` must
+    /// describe `M` rows that may be read and written.
     #[inline(always)]
-    unsafe fn tile<const M: usize>(
-        acc: &mut [[Self; 16]; M],
+    unsafe fn tile<const M: usize, const P: usize>(
+        segments: impl Iterator<Item = ([*const Self; M], usize)>,
+        step: usize,
+        mut b: *const Self,
+        panel: usize,
+        to: Target<Self>,
+    ) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let mut sums = to.start::<M, P>();
+            for (a, k) in segments {
+                Self::accumulate(&mut sums, k, a, step, b, panel);
+                b = b.add(16 * k);
+            }
+            to.store(&sums);
+        }
+    }
+
+    /// One segment of [`Real::tile`].
+    ///
+    /// # Safety
+    /// As there.
+    #[inline(always)]
+    unsafe fn accumulate<const M: usize, const P: usize>(
+        sums: &mut [[[Self; 16]; P]; M],
         k: usize,
         a: [*const Self; M],
         step: usize,
         b: *const Self,
+        panel: usize,
     ) {
         for p in 0..k {
-            // SAFETY: the caller's contract.
-            let row = unsafe { &*(b.add(16 * p) as *const [Self; 16]) };
-            for i in 0..M {
+            for q in 0..P {
                 // SAFETY: the caller's contract.
-                let factor = unsafe { *a[i].add(p * step) };
-                for j in 0..16 {
-                    acc[i][j] = factor.fma(row[j], acc[i][j]);
+                let row = unsafe { &*(b.add(q * panel + 16 * p) as *const [Self; 16]) };
+                for i in 0..M {
+                    // SAFETY: the caller's contract.
+                    let factor = unsafe { *a[i].add(p * step) };
+                    for j in 0..16 {
+                        sums[i][q][j] = factor.fma(row[j], sums[i][q][j]);
+                    }
                 }
+            }
+        }
+    }
+
+    /// `to[i][j] = from[j][i]` for eight times eight elements.
+    ///
+    /// # Safety
+    /// Eight elements must be readable at each of `from` and writable at each of `to`.
+    #[inline(always)]
+    unsafe fn transpose(from: [*const Self; 8], to: [*mut Self; 8]) {
+        for (j, from) in from.into_iter().enumerate() {
+            for (i, to) in to.into_iter().enumerate() {
+                // SAFETY: the caller's contract.
+                unsafe { *to.add(j) = *from.add(i) };
+            }
+        }
+    }
+}
+
+/// What the sums of a tile start from and where they go: rows `step` elements apart, `width` columns of them.
+#[derive(Clone, Copy)]
+pub(crate) struct Target<T> {
+    pub out: *mut T,
+    pub step: usize,
+    pub width: usize,
+    pub start: Start<T>,
+}
+
+/// See [`Target`].
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Start<T> {
+    Zero,
+    /// The same row of `width` numbers for all.
+    Bias(*const T),
+    /// What the target holds.
+    Target,
+    /// From zero; the sum is added to what the target holds.
+    Added,
+}
+
+impl<T: Real> Target<T> {
+    /// # Safety
+    /// `M` rows must be readable.
+    #[inline(always)]
+    unsafe fn start<const M: usize, const P: usize>(&self) -> [[[T; 16]; P]; M] {
+        let mut sums = [[[T::ZERO; 16]; P]; M];
+        for (i, sums) in sums.iter_mut().enumerate() {
+            let from = match self.start {
+                Start::Bias(bias) => bias,
+                // SAFETY: the caller's contract.
+                Start::Target => unsafe { self.out.add(i * self.step) as *const T },
+                Start::Zero | Start::Added => continue,
+            };
+            // SAFETY: as above; a tile has `width <= 16 P` columns.
+            unsafe { std::ptr::copy_nonoverlapping(from, sums.as_mut_ptr() as *mut T, self.width) };
+        }
+        sums
+    }
+
+    /// # Safety
+    /// `M` rows must be writable.
+    #[inline(always)]
+    unsafe fn store<const M: usize, const P: usize>(&self, sums: &[[[T; 16]; P]; M]) {
+        for (i, sums) in sums.iter().enumerate() {
+            // SAFETY: the caller's contract.
+            let out = unsafe { std::slice::from_raw_parts_mut(self.out.add(i * self.step), self.width) };
+            let sums = sums.as_flattened();
+            if self.start == Start::Added {
+                out.iter_mut().zip(sums).for_each(|(o, &s)| *o += s);
+            } else {
+                out.copy_from_slice(&sums[..self.width]);
             }
         }
     }
@@ -87,6 +189,10 @@ impl Real for f64 {
     }
 
     fn exp_(self) -> f64 {
+        self.exp()
+    }
+
+    fn exp_of_negative(self) -> f64 {
         self.exp()
     }
 
@@ -137,26 +243,21 @@ impl Real for f32 {
     /// above 88.7 infinity.
     #[inline(always)]
     fn exp_(self) -> f32 {
-        let x = self.clamp(-87.4, 89.0);
-        let n = x.fma(std::f32::consts::LOG2_E, ROUND) - ROUND;
-        let r = n.fma(-0.693_359_4, x);
-        let r = n.fma(2.121_944_4e-4, r);
-        let p = 1.987_569_1e-4f32;
-        let p = p.fma(r, 1.398_199_9e-3);
-        let p = p.fma(r, 8.333_452e-3);
-        let p = p.fma(r, 4.166_579_6e-2);
-        let p = p.fma(r, 1.666_666_5e-1);
-        let p = p.fma(r, 0.5);
-        let y = p.fma(r * r, r) + 1.0;
+        let (y, n) = exp_reduced(self.clamp(-87.4, 89.0));
         // 2^n in two factors: n reaches 128, whose power alone would overflow.
-        let half = |n: f32| {
-            f32::from_bits((((n + ROUND).to_bits().wrapping_sub(ROUND.to_bits())).wrapping_add(127)) << 23)
-        };
         let low = (n * 0.5 + ROUND) - ROUND;
-        let y = y * half(low) * half(n - low);
+        let y = y * power_of_2(low) * power_of_2(n - low);
         let y = if self < -87.336_54 { 0.0 } else { y };
         let y = if self > 88.722_84 { f32::INFINITY } else { y };
         if self.is_nan() { self } else { y }
+    }
+
+    #[inline(always)]
+    fn exp_of_negative(self) -> f32 {
+        let x = if self < -87.0 { -87.0 } else { self };
+        let (y, n) = exp_reduced(x);
+        let y = y * power_of_2(n);
+        if self < -87.0 { 0.0 } else { y }
     }
 
     /// Reduction by multiples of π/2 in three parts, then Cephes' polynomials; absolute error below 2e-7 for
@@ -207,43 +308,152 @@ impl Real for f32 {
         CpuStorage::F32(data)
     }
 
+    #[cfg(all(target_arch = "x86_64", target_feature = "avx512f"))]
+    #[inline(always)]
+    unsafe fn tile<const M: usize, const P: usize>(
+        segments: impl Iterator<Item = ([*const f32; M], usize)>,
+        step: usize,
+        mut b: *const f32,
+        panel: usize,
+        to: Target<f32>,
+    ) {
+        use std::arch::x86_64::*;
+        let mask = |q: usize| ((1u32 << to.width.saturating_sub(16 * q).min(16)) - 1) as u16;
+        // SAFETY: the reads and writes are those of the caller's contract; masks cut the rows to their width.
+        unsafe {
+            let mut sums = [[_mm512_setzero_ps(); P]; M];
+            if let Start::Bias(_) | Start::Target = to.start {
+                for i in 0..M {
+                    let row = if let Start::Bias(bias) = to.start { bias } else { to.out.add(i * to.step) };
+                    for q in 0..P {
+                        sums[i][q] = _mm512_maskz_loadu_ps(mask(q), row.add(16 * q));
+                    }
+                }
+            }
+            for (a, k) in segments {
+                let mut offset = 0;
+                for _ in 0..k {
+                    let mut columns = [_mm512_setzero_ps(); P];
+                    for (q, columns) in columns.iter_mut().enumerate() {
+                        *columns = _mm512_loadu_ps(b.add(q * panel));
+                    }
+                    for i in 0..M {
+                        let factor = _mm512_set1_ps(*a[i].add(offset));
+                        for q in 0..P {
+                            sums[i][q] = _mm512_fmadd_ps(factor, columns[q], sums[i][q]);
+                        }
+                    }
+                    b = b.add(16);
+                    offset += step;
+                }
+            }
+            for i in 0..M {
+                for q in 0..P {
+                    let out = to.out.add(i * to.step + 16 * q);
+                    if to.start == Start::Added {
+                        sums[i][q] = _mm512_add_ps(_mm512_maskz_loadu_ps(mask(q), out), sums[i][q]);
+                    }
+                    if to.width == 16 * P {
+                        _mm512_storeu_ps(out, sums[i][q]);
+                    } else {
+                        _mm512_mask_storeu_ps(out, mask(q), sums[i][q]);
+                    }
+                }
+            }
+        }
+    }
+
     #[cfg(all(target_arch = "x86_64", target_feature = "avx2", target_feature = "fma"))]
     #[inline(always)]
-    unsafe fn tile<const M: usize>(
-        acc: &mut [[f32; 16]; M],
+    unsafe fn accumulate<const M: usize, const P: usize>(
+        sums: &mut [[[f32; 16]; P]; M],
         k: usize,
         a: [*const f32; M],
         step: usize,
         b: *const f32,
+        panel: usize,
     ) {
         use std::arch::x86_64::*;
-        // SAFETY: the reads are those of the caller's contract; `acc` rows hold 16 floats.
+        // SAFETY: the reads are those of the caller's contract; the rows of `sums` hold 16 floats.
         unsafe {
-            let mut low = [_mm256_setzero_ps(); M];
-            let mut high = [_mm256_setzero_ps(); M];
-            for i in 0..M {
-                low[i] = _mm256_loadu_ps(acc[i].as_ptr());
-                high[i] = _mm256_loadu_ps(acc[i].as_ptr().add(8));
-            }
-            let mut b = b;
-            let mut offset = 0;
-            for _ in 0..k {
-                let b_low = _mm256_loadu_ps(b);
-                let b_high = _mm256_loadu_ps(b.add(8));
+            for q in 0..P {
+                let mut low = [_mm256_setzero_ps(); M];
+                let mut high = [_mm256_setzero_ps(); M];
                 for i in 0..M {
-                    let factor = _mm256_broadcast_ss(&*a[i].add(offset));
-                    low[i] = _mm256_fmadd_ps(factor, b_low, low[i]);
-                    high[i] = _mm256_fmadd_ps(factor, b_high, high[i]);
+                    low[i] = _mm256_loadu_ps(sums[i][q].as_ptr());
+                    high[i] = _mm256_loadu_ps(sums[i][q].as_ptr().add(8));
                 }
-                b = b.add(16);
-                offset += step;
-            }
-            for i in 0..M {
-                _mm256_storeu_ps(acc[i].as_mut_ptr(), low[i]);
-                _mm256_storeu_ps(acc[i].as_mut_ptr().add(8), high[i]);
+                let (mut b, mut offset) = (b.add(q * panel), 0);
+                for _ in 0..k {
+                    let b_low = _mm256_loadu_ps(b);
+                    let b_high = _mm256_loadu_ps(b.add(8));
+                    for i in 0..M {
+                        let factor = _mm256_broadcast_ss(&*a[i].add(offset));
+                        low[i] = _mm256_fmadd_ps(factor, b_low, low[i]);
+                        high[i] = _mm256_fmadd_ps(factor, b_high, high[i]);
+                    }
+                    b = b.add(16);
+                    offset += step;
+                }
+                for i in 0..M {
+                    _mm256_storeu_ps(sums[i][q].as_mut_ptr(), low[i]);
+                    _mm256_storeu_ps(sums[i][q].as_mut_ptr().add(8), high[i]);
+                }
             }
         }
     }
+
+    #[cfg(all(target_arch = "x86_64", target_feature = "avx2"))]
+    #[inline(always)]
+    unsafe fn transpose(from: [*const f32; 8], to: [*mut f32; 8]) {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's contract.
+        unsafe {
+            let mut rows = [_mm256_setzero_ps(); 8];
+            for (row, from) in rows.iter_mut().zip(from) {
+                *row = _mm256_loadu_ps(from);
+            }
+            // Pairs of rows interleaved, then pairs of pairs, then halves exchanged.
+            let mut pairs = rows;
+            for i in 0..4 {
+                pairs[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+                pairs[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+            }
+            let mut fours = pairs;
+            for i in 0..2 {
+                for j in 0..2 {
+                    let (low, high) = (pairs[4 * i + j], pairs[4 * i + j + 2]);
+                    fours[4 * i + 2 * j] = _mm256_shuffle_ps::<0x44>(low, high);
+                    fours[4 * i + 2 * j + 1] = _mm256_shuffle_ps::<0xee>(low, high);
+                }
+            }
+            for i in 0..4 {
+                _mm256_storeu_ps(to[i], _mm256_permute2f128_ps::<0x20>(fours[i], fours[i + 4]));
+                _mm256_storeu_ps(to[i + 4], _mm256_permute2f128_ps::<0x31>(fours[i], fours[i + 4]));
+            }
+        }
+    }
+}
+
+/// `exp(x) = y · 2^n` with a whole `n` and `y` between about 0.7 and 1.4; polynomial of Cephes' `expf`.
+#[inline(always)]
+fn exp_reduced(x: f32) -> (f32, f32) {
+    let n = x.fma(std::f32::consts::LOG2_E, ROUND) - ROUND;
+    let r = n.fma(-0.693_359_4, x);
+    let r = n.fma(2.121_944_4e-4, r);
+    let p = 1.987_569_1e-4f32;
+    let p = p.fma(r, 1.398_199_9e-3);
+    let p = p.fma(r, 8.333_452e-3);
+    let p = p.fma(r, 4.166_579_6e-2);
+    let p = p.fma(r, 1.666_666_5e-1);
+    let p = p.fma(r, 0.5);
+    (p.fma(r * r, r) + 1.0, n)
+}
+
+/// `2^n` for a whole `n` from -126 to 127.
+#[inline(always)]
+fn power_of_2(n: f32) -> f32 {
+    f32::from_bits((n + ROUND).to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23)
 }
 
 /// Adding and subtracting this rounds an f32 below 2^22 to an integer, which then stands in the low bits.
@@ -259,6 +469,9 @@ mod tests {
             let x = i as f32 * 4.3e-4; // ±86
             let wide = f64::from(x);
             assert!((f64::from(x.exp_()) / wide.exp() - 1.0).abs() < 3e-7, "exp {x}");
+            if x <= 0.0 {
+                assert!((f64::from(x.exp_of_negative()) / wide.exp() - 1.0).abs() < 3e-7, "exp {x}");
+            }
             let (s, c) = (x * 10.0).sin_cos_();
             let wide10 = f64::from(x * 10.0);
             assert!(
@@ -271,12 +484,33 @@ mod tests {
     }
 
     #[test]
+    fn transposing_exchanges_rows_and_columns() {
+        let from: Vec<f32> = (0..8 * 11).map(|i| i as f32).collect();
+        let mut to = vec![0f32; 8 * 13];
+        let (source, target) = (from.as_ptr(), to.as_mut_ptr());
+        // SAFETY: rows of 11 and 13 elements inside the two vectors.
+        unsafe {
+            f32::transpose(
+                std::array::from_fn(|i| source.add(11 * i)),
+                std::array::from_fn(|i| target.add(13 * i)),
+            );
+        }
+        for i in 0..8 {
+            for j in 0..8 {
+                assert_eq!(to[13 * i + j], from[11 * j + i], "{i}, {j}");
+            }
+        }
+    }
+
+    #[test]
     fn the_f32_functions_keep_their_limits() {
         assert_eq!(f32::NEG_INFINITY.exp_(), 0.0);
         assert_eq!((-100f32).exp_(), 0.0);
         assert_eq!(f32::INFINITY.exp_(), f32::INFINITY);
         assert_eq!(0f32.exp_(), 1.0);
         assert!(f32::NAN.exp_().is_nan() && f32::NAN.sin_cos_().0.is_nan() && f32::NAN.erf_().is_nan());
+        assert_eq!((f32::NEG_INFINITY.exp_of_negative(), 0f32.exp_of_negative()), (0.0, 1.0));
+        assert!(f32::NAN.exp_of_negative().is_nan());
         assert!((88.5f32.exp_() / 88.5f32.exp() - 1.0).abs() < 1e-6);
         assert_eq!(0f32.sin_cos_(), (0.0, 1.0));
     }
