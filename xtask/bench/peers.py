@@ -337,7 +337,9 @@ class Side:
     """A process that runs cases on request."""
 
     def __init__(self, command, threads):
-        env = dict(os.environ, RAYON_NUM_THREADS=str(threads), OMP_NUM_THREADS=str(threads))
+        # The `dragon` binary keeps candle's own pool off in the same way: it only spins beside our threads.
+        threads = str(threads)
+        env = dict(os.environ, RAYON_NUM_THREADS=threads, OMP_NUM_THREADS=threads, CANDLE_NUM_THREADS="1")
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def run(self, case, seconds):
