@@ -3,7 +3,7 @@
 //! Read in this order: [`finetune`] (the DRAGON loop), [`losses`] (what it learns from D+ and D-), [`rollout`] and
 //! [`embedder`] (from prompts to what a reward sees), [`bundle`] (model folders); [`pretrain`] (the
 //! [`pretrain::Task`] trait and the loop all trainings share), [`run`] and [`checkpoint`] (run folders, exact resume),
-//! [`tensorboard`]; [`eval`] with [`report`], [`card`], [`generate`], [`embed`]; [`bench`] (how fast the parts are).
+//! [`tensorboard`]; [`eval`] with [`report`], [`card`], [`generate`], [`embed`]; [`mod@bench`] (how fast the parts are).
 
 pub mod bench;
 pub mod bundle;

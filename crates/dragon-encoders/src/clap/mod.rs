@@ -118,7 +118,7 @@ impl Clap {
         &self.logit_scale
     }
 
-    /// Embeddings of log-mel spectrograms: `[B, n_frames, mel_bins]` dB (from [`LogMel`]) to `[B, joint_dim]`, rows of
+    /// Embeddings of log-mel spectrograms: `[B, n_frames, mel_bins]` dB (from [`LogMel`](crate::htsat::LogMel)) to `[B, joint_dim]`, rows of
     /// length 1.
     ///
     /// # Errors

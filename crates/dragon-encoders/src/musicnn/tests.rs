@@ -3,7 +3,7 @@ use crate::settings::Tail;
 use dragon_testkit::{Golden, Tol, assert_slices_close, fixture};
 
 fn model(weights: &str) -> Musicnn {
-    Musicnn::load(fixture(&format!("musicnn/{weights}_musicnn.safetensors"))).unwrap()
+    Musicnn::load(fixture(format!("musicnn/{weights}_musicnn.safetensors"))).unwrap()
 }
 
 fn golden() -> Golden {
