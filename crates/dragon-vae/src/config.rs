@@ -69,8 +69,8 @@ impl Config {
         }
     }
 
-    /// The next tiny default (the shipped one's folder holds its own config): 16 kHz mono, hop 1024 samples, 64 channels:
-    /// 62.5 frames of 16 channels a second, folded by four.
+    /// A small model for music, for tests and benchmarks: 16 kHz mono, hop 1024 samples, 32 channels. The shipped one's folder
+    /// holds its own config.
     pub fn tiny_music() -> Self {
         Self {
             sample_rate_hz: 16_000,

@@ -63,7 +63,7 @@ pub struct TrainingConfig {
 }
 
 impl TrainingConfig {
-    /// Settings for the next training of the tiny default.
+    /// Settings of a small training; the preset `pretrain/vae` has those of the shipped model.
     pub fn tiny_music() -> Self {
         Self {
             n_steps: 4000,

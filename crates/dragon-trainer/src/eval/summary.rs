@@ -76,22 +76,7 @@ impl Summary {
     /// The table for a terminal.
     pub fn table(&self) -> String {
         let (head, rows) = self.cells();
-        let all: Vec<&Vec<String>> = std::iter::once(&head).chain(&rows).collect();
-        let widths: Vec<usize> = (0..head.len())
-            .map(|c| all.iter().map(|row| row[c].chars().count()).max().unwrap_or(0))
-            .collect();
-        let mut out = String::new();
-        for row in all {
-            for (c, cell) in row.iter().enumerate() {
-                let pad = " ".repeat(widths[c] - cell.chars().count());
-                out.push_str(&if c == 0 { format!("{cell}{pad}") } else { format!("  {pad}{cell}") });
-            }
-            while out.ends_with(' ') {
-                out.pop();
-            }
-            out.push('\n');
-        }
-        out
+        crate::report::Table { head, rows, ..Default::default() }.to_text()
     }
 
     /// Head and rows of the table of metrics and monitors.

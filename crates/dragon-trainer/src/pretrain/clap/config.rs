@@ -39,8 +39,8 @@ pub struct ClapConfig {
 const LAST_LR: f64 = 0.05;
 
 impl ClapConfig {
-    /// Settings for the next training of the tiny default. The shipped one was trained with earlier ones: its folder's
-    /// `config.json` and `fixtures/tiny/README.md` say which.
+    /// Settings of a small training, for tests; the shipped model's are in the preset and in its folder's
+    /// `config.json`.
     pub fn tiny_music(manifests: Vec<PathBuf>) -> Self {
         Self {
             manifests,

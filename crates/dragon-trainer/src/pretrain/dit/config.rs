@@ -82,7 +82,7 @@ pub enum Schedule {
 }
 
 impl Config {
-    /// The tiny model on the clips of `manifest`; the shipped one was trained in several parts, see `fixtures/tiny/README.md`.
+    /// The tiny model on the clips of `manifest`; the preset `pretrain/dit` has the shipped one's settings.
     pub fn tiny_music(manifest: PathBuf, vae: PathBuf, cache: PathBuf) -> Self {
         Self {
             seed: 0,
