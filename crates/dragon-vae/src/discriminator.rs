@@ -84,6 +84,22 @@ impl Discriminator {
         Ok(Self { periods: periods?, bands: bands? })
     }
 
+    /// The same with weights that take no gradient: for the generator's step, which needs that of the audio only.
+    pub fn frozen(&self) -> Self {
+        let frozen = |convs: &[NormConv]| convs.iter().map(NormConv::frozen).collect();
+        let periods = self.periods.iter().map(|d| MultiPeriod {
+            period: d.period,
+            convs: frozen(&d.convs),
+            conv_post: d.conv_post.frozen(),
+        });
+        let bands = self.bands.iter().map(|d| MultiBand {
+            stft: d.stft.clone(),
+            band_convs: d.band_convs.iter().map(|convs| frozen(convs)).collect(),
+            conv_post: d.conv_post.frozen(),
+        });
+        Self { periods: periods.collect(), bands: bands.collect() }
+    }
+
     /// Feature maps, score maps last.
     ///
     /// Each row is first brought to mean 0 and peak 0.8, as in DAC: loudness is the reconstruction losses' business.
@@ -224,6 +240,10 @@ impl NormConv {
             weight_v: vb.get_with_hints(&shape, "weight_v", uniform)?,
             bias: vb.get_with_hints(shape[0], "bias", uniform)?,
         })
+    }
+
+    fn frozen(&self) -> Self {
+        Self { weight_g: self.weight_g.detach(), weight_v: self.weight_v.detach(), bias: self.bias.detach() }
     }
 
     /// Weight `[Cout, Cin, taps over time, taps over frequency]` and bias.

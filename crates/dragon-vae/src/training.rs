@@ -264,8 +264,9 @@ impl Training {
                 "discriminator_grad_norm",
                 self.discriminator_group.update(&dragon_nn::backward(&loss)?, lr)?,
             ));
-            let fake = self.discriminator.forward(&estimate)?;
-            let real = self.discriminator.forward(&audio)?;
+            let judge = self.discriminator.frozen();
+            let fake = judge.forward(&estimate)?;
+            let real = judge.forward(&audio)?;
             terms.push(("adversarial", w.adversarial, generator_loss(&fake)?));
             terms.push(("feature_matching", w.feature_matching, feature_matching_loss(&fake, &real)?));
         }
