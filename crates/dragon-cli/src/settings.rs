@@ -10,9 +10,14 @@ use toml::{Table, Value};
 /// The presets that ship inside the binary: name and text.
 pub const PRESETS: &[(&str, &str)] = &[
     ("finetune/per-song-fad", include_str!("../presets/finetune/per-song-fad.toml")),
+    ("finetune/clap-score", include_str!("../presets/finetune/clap-score.toml")),
+    ("finetune/per-song-fad-text", include_str!("../presets/finetune/per-song-fad-text.toml")),
+    ("finetune/dataset-fad", include_str!("../presets/finetune/dataset-fad.toml")),
+    ("finetune/vendi", include_str!("../presets/finetune/vendi.toml")),
     ("card/default", include_str!("../presets/card/default.toml")),
     ("eval/default", include_str!("../presets/eval/default.toml")),
     ("pretrain/vae", include_str!("../presets/pretrain/vae.toml")),
+    ("pretrain/vae-decoder", include_str!("../presets/pretrain/vae-decoder.toml")),
     ("pretrain/clap", include_str!("../presets/pretrain/clap.toml")),
     ("pretrain/dit", include_str!("../presets/pretrain/dit.toml")),
     ("generate/default", include_str!("../presets/generate/default.toml")),
@@ -92,14 +97,45 @@ pub fn table(preset: &str, file: Option<&Path>, overrides: &[String]) -> Result<
         })?,
         None => preset_text(preset)?.to_owned(),
     };
-    let mut table: Table = text.parse().map_err(|err: toml::de::Error| {
+    let table: Table = text.parse().map_err(|err: toml::de::Error| {
         anyhow!("{} is not valid TOML\n{}\nhint: a text needs quotes; the presets in crates/dragon-cli/presets show the form", origin(preset, file, &[]), err.to_string().trim_end())
     })?;
+    let mut table = extended(table).with_context(|| origin(preset, file, &[]))?;
     for item in overrides {
         apply(&mut table, item)?;
     }
     table.iter_mut().for_each(|(_, value)| expand(value));
     Ok(table)
+}
+
+/// A table whose key `extends` names a preset: that preset with what the table says laid over it.
+fn extended(mut table: Table) -> Result<Table> {
+    let Some(name) = table.remove("extends") else { return Ok(table) };
+    let Some(name) = name.as_str() else {
+        bail!(
+            "`extends` is {name}\nhint: it takes the name of a preset, as in extends = \"finetune/per-song-fad\""
+        );
+    };
+    let mut under = extended(preset_text(name)?.parse()?)?;
+    overlay(&mut under, table);
+    Ok(under)
+}
+
+/// Lays `over` on `under`, table by table. A table of another `kind` replaces the one below whole, since their keys differ;
+/// so does every list.
+pub fn overlay(under: &mut Table, over: Table) {
+    for (key, value) in over {
+        match (under.get_mut(&key), value) {
+            (Some(Value::Table(below)), Value::Table(above))
+                if above.get("kind").is_none_or(|kind| below.get("kind") == Some(kind)) =>
+            {
+                overlay(below, above);
+            }
+            (_, value) => {
+                under.insert(key, value);
+            }
+        }
+    }
 }
 
 /// A table as a config; `origin` names it in errors.
@@ -216,9 +252,23 @@ pub fn assert_every_key_is_shown(preset: &str, read: impl Fn(&[String]) -> Resul
         }
     }
     read(&[]).unwrap();
-    let text = preset_text(preset).unwrap();
+    let (mut text, mut name) = (String::new(), Some(preset.to_owned()));
+    while let Some(preset) = name {
+        let own = preset_text(&preset).unwrap();
+        text += own;
+        let own: Table = own.parse().unwrap();
+        name = own.get("extends").map(|base| base.as_str().unwrap().to_owned());
+    }
+    let mut table = extended(preset_text(preset).unwrap().parse().unwrap()).unwrap();
+    if let Some(Value::Table(own)) = table.remove("eval") {
+        // What a fine-tuning preset leaves out of its table `eval` is shown by the preset below it.
+        let mut eval = preset_text("eval/default").unwrap().parse().unwrap();
+        overlay(&mut eval, own);
+        text += preset_text("eval/default").unwrap();
+        table.insert("eval".into(), Value::Table(eval));
+    }
     let mut all = Vec::new();
-    tables(&text.parse().unwrap(), "", &mut all);
+    tables(&table, "", &mut all);
     let mut n_seen = 0;
     for (path, table) in all {
         // A config tells its keys when it refuses one.
@@ -252,6 +302,32 @@ mod tests {
         assert_eq!(train["lr"].as_float(), Some(1.0));
         assert_eq!(train["name"].as_str(), Some("b"));
         assert_eq!(t["seed"].as_integer(), Some(7));
+    }
+
+    #[test]
+    fn a_table_laid_over_another_keeps_what_it_does_not_name_unless_its_kind_differs() {
+        let parse = |text: &str| -> Table { text.parse().unwrap() };
+        let mut under = parse(
+            "a = 1\nlist = [1, 2]\n[r]\nkind = \"x\"\nn = 1\n[s]\nkind = \"x\"\nn = 1\n[t]\nn = 1\nm = 2",
+        );
+        overlay(&mut under, parse("list = [3]\n[r]\nkind = \"y\"\n[s]\nkind = \"x\"\nm = 2\n[t]\nn = 5"));
+        let expected =
+            parse("a = 1\nlist = [3]\n[r]\nkind = \"y\"\n[s]\nkind = \"x\"\nn = 1\nm = 2\n[t]\nn = 5\nm = 2");
+        assert_eq!(under, expected);
+    }
+
+    #[test]
+    fn a_config_may_extend_a_preset_and_an_unknown_one_is_refused() {
+        let extended = |text: &str| extended(text.parse().unwrap());
+        let table = extended("extends = \"eval/default\"\nn_prompts = 7").unwrap();
+        assert_eq!(table["n_prompts"].as_integer(), Some(7));
+        assert!(table.contains_key("metrics") && !table.contains_key("extends"));
+        let err = extended("extends = \"eval/defualt\"").unwrap_err().to_string();
+        assert!(
+            err.contains("there is no preset `eval/defualt`") && err.contains("presets are default"),
+            "{err}"
+        );
+        assert!(extended("extends = 3").unwrap_err().to_string().contains("takes the name of a preset"));
     }
 
     #[test]

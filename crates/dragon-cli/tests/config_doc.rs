@@ -7,13 +7,18 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 /// The presets in the order of the documentation, with the command that reads each.
-const PRESETS: [(&str, &str); 8] = [
+const PRESETS: [(&str, &str); 13] = [
     ("finetune/per-song-fad", "dragon finetune"),
+    ("finetune/clap-score", "dragon finetune --preset clap-score"),
+    ("finetune/per-song-fad-text", "dragon finetune --preset per-song-fad-text"),
+    ("finetune/dataset-fad", "dragon finetune --preset dataset-fad"),
+    ("finetune/vendi", "dragon finetune --preset vendi"),
     ("eval/default", "dragon eval"),
     ("card/default", "dragon card"),
     ("generate/default", "dragon generate"),
     ("embed/default", "dragon embed"),
     ("pretrain/vae", "dragon pretrain vae"),
+    ("pretrain/vae-decoder", "dragon pretrain vae-decoder"),
     ("pretrain/clap", "dragon pretrain clap"),
     ("pretrain/dit", "dragon pretrain dit"),
 ];

@@ -166,6 +166,11 @@ impl RewardConfig {
         needed
     }
 
+    /// Whether it is a distance, which tables show as such: lower is better there.
+    pub fn is_distance(&self) -> bool {
+        matches!(self, RewardConfig::PerSongFad { .. } | RewardConfig::DatasetFad { .. })
+    }
+
     /// Short name for tables: `per_song_fad(musicnn/ma)`, `mix(a | b)`.
     pub fn label(&self) -> String {
         let join = |labels: Vec<String>, by: &str| labels.join(by);

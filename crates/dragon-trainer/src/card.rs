@@ -303,7 +303,7 @@ impl Measure<'_> {
             let tags = clips.par_iter().map(|clip| self.tags(clip, rate)).collect::<Result<Vec<_>>>()?;
             system.tags.extend(tags);
             let share = clips.len() as f64 / entries.len() as f64;
-            let (level, centroid) = rollout::monitors(&clips, rate);
+            let [_, level, _, centroid] = rollout::mean_monitors(&clips, rate);
             system.level_dbfs += share * level;
             system.centroid_hz += share * centroid;
             let missing = self.cfg.examples.saturating_sub(system.examples.len());

@@ -66,13 +66,12 @@ fn find_files(path: &Path) -> Result<Vec<PathBuf>> {
     Ok(found.into_iter().collect())
 }
 
-/// Embeds audio files, in their order: mixed to mono and resampled to the encoder's rate, then cut by the setting.
+/// Embeds audio files by `one`, several at a time, in their order.
 ///
 /// # Errors
 /// If a file cannot be read or embedded; the message names the first one in order.
 pub fn embed_files(
-    encoder: &dyn AudioEncoder,
-    setting: &Setting,
+    one: impl Fn(&Path) -> Result<Rows> + Sync,
     files: &[PathBuf],
     ctx: &RunContext,
 ) -> Result<Vec<SongEmbeddings>> {
@@ -85,10 +84,9 @@ pub fn embed_files(
                 hint: "nothing was written; start the command again".into(),
             });
         }
-        let done: Vec<Result<SongEmbeddings>> =
-            batch.par_iter().map(|path| embed_file(encoder, setting, path)).collect();
-        for song in done {
-            songs.push(song?);
+        let done: Vec<Result<Rows>> = batch.par_iter().map(|path| one(path)).collect();
+        for (path, rows) in batch.iter().zip(done) {
+            songs.push(SongEmbeddings { path: path.clone(), rows: rows? });
         }
         meter.update(songs.len(), &[], &[], songs.len() == files.len());
     }
@@ -96,11 +94,15 @@ pub fn embed_files(
     Ok(songs)
 }
 
-fn embed_file(encoder: &dyn AudioEncoder, setting: &Setting, path: &Path) -> Result<SongEmbeddings> {
+/// The embeddings of a file: mixed to mono and resampled to the encoder's rate, then cut by the setting.
+///
+/// # Errors
+/// If the file cannot be read or embedded.
+pub fn embed_file(encoder: &dyn AudioEncoder, setting: &Setting, path: &Path) -> Result<Rows> {
     let clip = read_song(path, encoder.sample_rate_hz(), encoder.window_samples().div_ceil(10))?;
     let context = || format!("cannot embed `{}`", path.display());
     let embeddings = encoder.embed_clip(&clip.samples, setting).map_err(Error::input(context()))?;
-    Ok(SongEmbeddings { path: path.to_owned(), rows: rows(&embeddings).map_err(Error::input(context()))? })
+    rows(&embeddings).map_err(Error::input(context()))
 }
 
 /// Reads a song that is to be embedded, mixed to mono. A file must hold something to hear: one silent file among the
@@ -194,6 +196,10 @@ mod tests {
         }
     }
 
+    fn toy(file: &Path) -> Result<Rows> {
+        embed_file(&Toy, &Setting::MA, file)
+    }
+
     fn tone(path: &Path, seconds: f32) {
         let samples: Vec<f32> =
             (0..(8000.0 * seconds) as usize).map(|i| (i as f32 * 0.1).sin() * 0.5).collect();
@@ -211,7 +217,7 @@ mod tests {
         std::fs::write(dir.path().join("notes.txt"), "x").unwrap();
         let files = audio_files(dir.path()).unwrap();
         assert!(files[0].ends_with("a.wav") && files[1].ends_with("b/2.wav") && files.len() == 2);
-        let songs = embed_files(&Toy, &Setting::MA, &files, &RunContext::new(dir.path())).unwrap();
+        let songs = embed_files(toy, &files, &RunContext::new(dir.path())).unwrap();
         assert_eq!(songs[0].rows.n(), 9);
 
         let out = dir.path().join("e.npz");
@@ -240,12 +246,12 @@ mod tests {
             (silent, "silent.wav` is silent: expected a level above -80 dBFS"),
             (short, "short.wav` is too short: expected at least 0.05 s, found 0.04 s"),
         ] {
-            let err = embed_files(&Toy, &Setting::MA, &[path], &RunContext::new(dir.path())).unwrap_err();
+            let err = embed_files(toy, &[path], &RunContext::new(dir.path())).unwrap_err();
             assert!(err.to_string().contains(part), "{err}");
         }
         let path = dir.path().join("broken.wav");
         std::fs::write(&path, "not audio").unwrap();
-        let err = embed_files(&Toy, &Setting::MA, &[path], &RunContext::new(dir.path())).unwrap_err();
+        let err = embed_files(toy, &[path], &RunContext::new(dir.path())).unwrap_err();
         assert!(err.to_string().contains("broken.wav"), "{err}");
         assert_eq!(err.exit_code(), 1);
         let err = audio_files(dir.path()).unwrap_err().to_string();

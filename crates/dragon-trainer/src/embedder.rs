@@ -242,16 +242,16 @@ impl Embedder {
         let rows: Vec<Rows> = match exemplars {
             Exemplars::Audio { path } => {
                 let files = embed::audio_files(path)?;
-                match encoder.audio() {
-                    Some(encoder) => embed::embed_files(encoder, setting, &files, ctx)?
-                        .into_iter()
-                        .map(|s| s.rows)
-                        .collect(),
+                let songs = match encoder.audio() {
+                    Some(encoder) => {
+                        embed::embed_files(|file| embed::embed_file(encoder, setting, file), &files, ctx)?
+                    }
                     None => {
                         let bundle = needed(bundle)?;
-                        files.iter().map(|file| latents_of(file, bundle)).collect::<Result<_>>()?
+                        embed::embed_files(|file| latents_of(file, bundle), &files, ctx)?
                     }
-                }
+                };
+                songs.into_iter().map(|song| song.rows).collect()
             }
             Exemplars::Texts { path } => {
                 let Encoder::Clap(clap) = encoder else {
@@ -341,7 +341,11 @@ fn reencode(bundle: &Bundle, batch: &Batch) -> Result<Vec<Embeddings>> {
     Ok(out)
 }
 
-fn latents_of(file: &Path, bundle: &Bundle) -> Result<Rows> {
+/// The latent frames of a file, encoded by the model folder's VAE.
+///
+/// # Errors
+/// If the file cannot be read, or is shorter than a frame.
+pub fn latents_of(file: &Path, bundle: &Bundle) -> Result<Rows> {
     let clip = embed::read_song(file, bundle.sample_rate_hz(), bundle.vae.config().hop())?;
     let (clips, sample_rate_hz) = ([clip.samples], clip.sample_rate_hz);
     let batch = Batch { clips: &clips, sample_rate_hz, latents: None, captions: None, bundle: Some(bundle) };

@@ -114,19 +114,28 @@ pub fn latents(
     Ok(Some(latents))
 }
 
-/// Mean level in dBFS and mean spectral centroid in Hz of clips: not part of any reward, they show when one is hacked.
-pub fn monitors(clips: &[Vec<f32>], sample_rate_hz: u32) -> (f64, f64) {
+/// What is measured of a clip's sound: no part of any reward, it shows when one is hacked. Key in logs, name in tables.
+pub const MONITORS: [(&str, &str); 4] = [
+    ("loudness_lufs", "loudness, LUFS"),
+    ("level_dbfs", "level, dBFS"),
+    ("peak_dbfs", "peak, dBFS"),
+    ("centroid_hz", "spectral centroid, Hz"),
+];
+
+/// The [`MONITORS`] of a clip. Silence has no level; -120 dB keeps means numbers.
+pub fn monitors(clip: &[f32], sample_rate_hz: u32) -> [f64; 4] {
+    [
+        dragon_audio::lufs(&[clip], sample_rate_hz).max(-120.0),
+        dragon_audio::rms_dbfs(clip).max(-120.0),
+        (20.0 * f64::from(dragon_audio::peak(clip)).log10()).max(-120.0),
+        dragon_audio::spectral_centroid_hz(clip, sample_rate_hz),
+    ]
+}
+
+/// Means of the [`MONITORS`] over clips.
+pub fn mean_monitors(clips: &[Vec<f32>], sample_rate_hz: u32) -> [f64; 4] {
     use rayon::prelude::*;
-    let each: Vec<(f64, f64)> = clips
-        .par_iter()
-        .map(|clip| {
-            // Silence has no level; -120 dB keeps the mean a number.
-            (
-                dragon_audio::rms_dbfs(clip).max(-120.0),
-                dragon_audio::spectral_centroid_hz(clip, sample_rate_hz),
-            )
-        })
-        .collect();
+    let each: Vec<[f64; 4]> = clips.par_iter().map(|clip| monitors(clip, sample_rate_hz)).collect();
     let n = each.len().max(1) as f64;
-    (each.iter().map(|e| e.0).sum::<f64>() / n, each.iter().map(|e| e.1).sum::<f64>() / n)
+    std::array::from_fn(|k| each.iter().map(|values| values[k]).sum::<f64>() / n)
 }

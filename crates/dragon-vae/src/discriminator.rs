@@ -93,7 +93,7 @@ impl Discriminator {
             conv_post: d.conv_post.frozen(),
         });
         let bands = self.bands.iter().map(|d| MultiBand {
-            stft: d.stft.clone(),
+            stft: d.stft,
             band_convs: d.band_convs.iter().map(|convs| frozen(convs)).collect(),
             conv_post: d.conv_post.frozen(),
         });

@@ -6,8 +6,9 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Result, bail};
 use clap::ValueEnum;
-use dragon_trainer::embed::{audio_files, embed_files, save_embeddings, save_stats};
-use dragon_trainer::embedder::{EncoderConfig, Setting, load_audio_encoder};
+use dragon_trainer::bundle::Bundle;
+use dragon_trainer::embed::{audio_files, embed_file, embed_files, save_embeddings, save_stats};
+use dragon_trainer::embedder::{EncoderConfig, Setting, latents_of, load_audio_encoder};
 use serde::{Deserialize, Serialize};
 
 use super::{FileArgs, context};
@@ -21,14 +22,15 @@ use crate::settings;
 Examples:
   dragon embed my-songs -o songs.npz                         embeddings [N, D] and songs.npz.songs.tsv
   dragon embed my-songs -o reference.npz --stats my-songs    mean and covariance, as fadtk's files
-  dragon embed my-songs -o clap.npz --encoder builtin:tiny/clap --setting ma")]
+  dragon embed my-songs -o clap.npz --encoder builtin:tiny/clap --setting ma
+  dragon embed my-songs -o latents.npz --encoder vae --stats my-songs")]
 pub struct Args {
     /// A folder of audio (with its subfolders), or one file
     input: PathBuf,
     /// Output: .npz or .safetensors; embeddings also .npy
     #[arg(short, long, value_name = "FILE")]
     out: PathBuf,
-    /// `musicnn`, or the folder of a CLAP; short for --set encoder=…
+    /// `musicnn`, the folder of a CLAP, or `vae` (latent frames of a model folder); short for --set encoder=…
     #[arg(long, value_name = "NAME or DIR")]
     encoder: Option<String>,
     /// How a song is cut into windows; short for --set setting=…
@@ -37,6 +39,9 @@ pub struct Args {
     /// Seconds between windows; short for --set setting.hop_s=S
     #[arg(long, value_name = "S")]
     hop: Option<f64>,
+    /// Model folder whose VAE encodes, for the encoder `vae`
+    #[arg(long, value_name = "DIR", default_value = "builtin:tiny")]
+    model: String,
     #[command(flatten)]
     config: FileArgs,
     /// Write mean and covariance under this name instead of the embeddings
@@ -87,12 +92,16 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
         );
     }
     let mut overrides = args.config.overrides.clone();
-    overrides.extend(args.encoder.map(|encoder| match encoder.as_str() {
+    overrides.extend(args.encoder.as_ref().map(|encoder| match encoder.as_str() {
         "musicnn" => {
             r#"encoder={ kind = "musicnn", weights = "builtin:musicnn/mtt_musicnn.safetensors" }"#.into()
         }
+        "vae" => "encoder={ kind = \"vae\" }".into(),
         dir => format!("encoder={{ kind = \"clap\", dir = {} }}", settings::quoted(Path::new(dir))),
     }));
+    if args.encoder.as_deref() == Some("vae") && args.setting.is_none() {
+        overrides.push(r#"setting={ kind = "vae", latent_direct = false }"#.into());
+    }
     overrides.extend(args.setting.map(|setting| {
         let value = match setting {
             SettingName::Windows => r#"{ kind = "fadtk", hop_s = 0.256, tail = "whole_windows" }"#,
@@ -106,8 +115,24 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     let EmbedPreset { encoder, setting } = preset;
     let files = audio_files(&args.input)?;
     let device = dragon_trainer::device(&args.device)?;
-    let encoder = load_audio_encoder(&encoder, &device)?;
-    let songs = embed_files(encoder.as_ref(), &setting, &files, &context(parent.to_owned(), false, stop))?;
+    let ctx = context(parent.to_owned(), false, stop);
+    let (songs, by) = match (encoder, &setting) {
+        (EncoderConfig::Vae, Setting::Vae { .. }) => {
+            let bundle = Bundle::load(&settings::path(&args.model), &device)?;
+            let songs = embed_files(|file| latents_of(file, &bundle), &files, &ctx)?;
+            (songs, format!("the VAE of {}", args.model))
+        }
+        (EncoderConfig::Vae, _) | (_, Setting::Vae { .. }) => {
+            bail!(
+                "the encoder and the setting do not fit\nhint: the encoder `vae` goes with a setting of kind `vae`"
+            )
+        }
+        (encoder, setting) => {
+            let encoder = load_audio_encoder(&encoder, &device)?;
+            let songs = embed_files(|file| embed_file(encoder.as_ref(), setting, file), &files, &ctx)?;
+            (songs, encoder.id().to_owned())
+        }
+    };
     let n: usize = songs.iter().map(|song| song.rows.n()).sum();
     match &args.stats {
         Some(name) => {
@@ -117,12 +142,12 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
                 args.out.display(),
                 stats.dim(),
                 songs.len(),
-                encoder.id()
+                by
             );
         }
         None => {
             save_embeddings(&args.out, &songs)?;
-            println!("{}: {n} embeddings of {} songs by {}", args.out.display(), songs.len(), encoder.id());
+            println!("{}: {n} embeddings of {} songs by {}", args.out.display(), songs.len(), by);
         }
     }
     Ok(())

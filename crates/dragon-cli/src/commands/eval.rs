@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Result, bail};
 use dragon_trainer::SamplerConfig;
 use dragon_trainer::bundle::Split;
-use dragon_trainer::embedder::EmbedConfig;
+use dragon_trainer::embedder::{EmbedConfig, EncoderConfig};
 use dragon_trainer::eval::{self, BootstrapConfig, EvalConfig, FoldersConfig, MetricConfig};
 use serde::{Deserialize, Serialize};
 
@@ -111,6 +111,13 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
             eval::run(&preset.of_model(model, run.clone(), prompts), &ctx)?
         }
         [base, tuned] => {
+            let (metrics, left_out) = of_audio_alone(preset.metrics, &preset.embed);
+            if !left_out.is_empty() {
+                tracing::info!(
+                    "left out, since folders of audio have no captions and latents: {}",
+                    left_out.join("; ")
+                );
+            }
             let config = FoldersConfig {
                 seed: preset.seed,
                 base: base.clone(),
@@ -118,7 +125,7 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
                 bundle: None,
                 prompts: None,
                 embed: preset.embed,
-                metrics: preset.metrics,
+                metrics,
                 bootstrap: preset.bootstrap,
                 examples: preset.examples,
             };
@@ -133,6 +140,17 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
         println!("{}", ctx.out_dir.join("report.html").display());
     }
     Ok(())
+}
+
+/// The metrics that need nothing but audio, and the names of the others.
+fn of_audio_alone(metrics: Vec<MetricConfig>, embed: &EmbedConfig) -> (Vec<MetricConfig>, Vec<String>) {
+    let (kept, left_out): (Vec<_>, Vec<_>) = metrics.into_iter().partition(|metric| {
+        metric.reward.sources().iter().all(|source| {
+            let latents = matches!(embed.encoders.get(&source.encoder), Some(EncoderConfig::Vae));
+            !latents && !metric.reward.needs_text(source)
+        })
+    });
+    (kept, left_out.into_iter().map(|metric| metric.name).collect())
 }
 
 #[cfg(test)]

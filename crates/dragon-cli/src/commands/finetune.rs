@@ -1,13 +1,13 @@
 //! `dragon finetune`: DRAGON, and the comparison with the base.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Result, bail};
-use dragon_trainer::eval;
+use dragon_trainer::eval::{self, Summary};
 use dragon_trainer::finetune::{self, FinetuneConfig};
-use toml::Value;
+use toml::{Table, Value};
 
 use super::eval::EvalPreset;
 use super::{ConfigArgs, RunArgs, check_prompts, context};
@@ -41,25 +41,33 @@ struct Preset {
     eval: EvalPreset,
 }
 
-/// Reads a preset: the table `eval` is the evaluation, the rest the run. What both need is written once: the encoders
-/// of `[embed]` and the seed hold for the evaluation too.
+/// Reads a preset. Its table `eval` is laid over the preset `eval/default`, the rest is the run. The run's seed and
+/// encoders hold for the evaluation too; its reward is the evaluation's target, and validations watch all the others.
 fn resolve(preset: &str, config: &ConfigArgs) -> Result<Preset> {
     let (preset, file, overrides) = (format!("finetune/{preset}"), config.path(), config.overrides());
     let origin = settings::origin(&preset, file, &overrides);
     let mut table = settings::table(&preset, file, &overrides)?;
-    let mut eval = match table.remove("eval") {
+    let own = match table.remove("eval") {
         Some(Value::Table(eval)) => eval,
-        _ => bail!("the config has no table `[eval]`\nhint: copy it from presets/finetune/per-song-fad.toml"),
+        None => Table::new(),
+        Some(other) => bail!("{origin}: `eval` is {other}, not a table\nhint: write [eval]"),
     };
+    let mut eval = settings::table("eval/default", None, &[])?;
     for key in ["seed", "embed"] {
         if let Some(value) = table.get(key) {
-            eval.entry(key).or_insert(value.clone());
+            settings::overlay(&mut eval, Table::from_iter([(key.to_owned(), value.clone())]));
         }
     }
-    Ok(Preset {
-        finetune: settings::read(table, &origin)?,
-        eval: settings::read(eval, &format!("the table `eval` of {origin}"))?,
-    })
+    settings::overlay(&mut eval, own);
+    let mut finetune: FinetuneConfig = settings::read(table, &origin)?;
+    let mut eval: EvalPreset = settings::read(eval, &format!("the table `eval` of {origin}"))?;
+    let (targets, others) = eval::target_first(&finetune.reward, eval.metrics);
+    finetune.embed = eval.embed.clone();
+    if finetune.validation.monitors.is_empty() {
+        finetune.validation.monitors = others.clone();
+    }
+    eval.metrics = [targets, others].concat();
+    Ok(Preset { finetune, eval })
 }
 
 /// The config of a run, without its evaluation.
@@ -67,24 +75,40 @@ pub fn config(preset: &str, config: &ConfigArgs) -> Result<FinetuneConfig> {
     Ok(resolve(preset, config)?.finetune)
 }
 
-/// Runs the command.
-pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
-    let Preset { finetune: config, eval } = resolve(&args.preset, &args.config)?;
+/// Fine-tunes by a preset in the folder `out` and measures the result there; `None` if it was stopped. With
+/// `run.resume` it goes on where the folder's run stopped, and what is measured already is not measured again.
+pub fn run_preset(
+    preset: &str,
+    config: &ConfigArgs,
+    run: &RunArgs,
+    out: &Path,
+    stop: &Arc<AtomicBool>,
+) -> Result<Option<Summary>> {
+    let Preset { finetune: config, eval } = resolve(preset, config)?;
     config.check()?;
-    let out = args.out.unwrap_or_else(|| PathBuf::from(format!("runs/finetune-{}", args.preset)));
-    let measure = eval.of_model(config.bundle.clone(), out.clone(), config.prompts.clone());
+    let measure = eval.of_model(config.bundle.clone(), out.to_owned(), config.prompts.clone());
     measure.check()?;
     check_prompts(&config.bundle, &config.prompts)?;
-    let mut ctx = context(out.clone(), args.run.resume, stop);
-    ctx.device = dragon_trainer::device(&args.run.device)?;
+    let mut ctx = context(out.to_owned(), run.resume, stop);
+    ctx.device = dragon_trainer::device(&run.device)?;
     let outcome = finetune::run(&config, &ctx)?;
     if !outcome.finished {
         println!("{}: stopped after {} steps; --resume goes on", out.display(), outcome.steps_done);
-        return Ok(());
+        return Ok(None);
     }
-    let summary = eval::run(&measure, &ctx)?;
-    print!("{}", summary.table());
-    println!("{}", out.join("report.html").display());
+    match eval::known(&measure, out)? {
+        Some(summary) if ctx.resume => Ok(Some(summary)),
+        _ => Ok(Some(eval::run(&measure, &ctx)?)),
+    }
+}
+
+/// Runs the command.
+pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
+    let out = args.out.unwrap_or_else(|| PathBuf::from(format!("runs/finetune-{}", args.preset)));
+    if let Some(summary) = run_preset(&args.preset, &args.config, &args.run, &out, stop)? {
+        print!("{}", summary.table());
+        println!("{}", out.join("report.html").display());
+    }
     Ok(())
 }
 

@@ -9,6 +9,7 @@ mod finetune;
 mod generate;
 mod pack;
 mod pretrain;
+mod reproduce;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -34,6 +35,8 @@ pub enum Command {
     Embed(embed::Args),
     /// Fine-tune the diffusion model towards a reward (DRAGON), then compare it with its base
     Finetune(finetune::Args),
+    /// Fine-tune by several presets and print their win rates over the base as the paper's Table 1 does
+    Reproduce(reproduce::Args),
     /// Compare a tuned model with its base on held-out prompts, or two folders of audio
     Eval(eval::Args),
     /// Measure a model folder on held-out music: reconstructions, generations, captions, retrieval
@@ -52,6 +55,7 @@ impl Command {
             Command::Generate(args) => generate::run(args, stop),
             Command::Embed(args) => embed::run(args, stop),
             Command::Finetune(args) => finetune::run(args, stop),
+            Command::Reproduce(args) => reproduce::run(args, stop),
             Command::Eval(args) => eval::run(args, stop),
             Command::Card(args) => card::run(args, stop),
             Command::Bench(args) => bench::run(args, stop),

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::{ConfigArgs, RunArgs, context};
 use crate::settings;
 
-/// Train the parts of a text-to-music model: vae, clap, dit
+/// Train the parts of a text-to-music model: vae, vae-decoder, clap, dit
 ///
 /// A DiT is trained on the latents of a trained VAE, together with its text encoder.
 #[derive(clap::Args)]
@@ -23,6 +23,7 @@ use crate::settings;
 Examples:
   dragon pretrain vae --set 'vae.manifests=[\"data/scores/manifest.jsonl\"]' --out runs/vae
   dragon pretrain vae --set vae.init=builtin:tiny/vae     start from the shipped weights (same `vae.model`)
+  dragon pretrain vae-decoder --set vae.init=runs/vae/model
   dragon pretrain dit --set data.manifest=data/scores/manifest.jsonl --set data.vae=runs/vae/model
   dragon pretrain dit --resume                               continue where it stopped")]
 pub struct Args {
@@ -42,6 +43,8 @@ pub struct Args {
 enum What {
     /// Audio to latents and back
     Vae,
+    /// The decoder of a trained VAE once more, against discriminators; latents stay as they are
+    VaeDecoder,
     /// Audio and text into a common space
     Clap,
     /// The diffusion transformer and its text encoder
@@ -68,6 +71,7 @@ struct Clap {
 pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     let name = match args.what {
         What::Vae => "pretrain/vae",
+        What::VaeDecoder => "pretrain/vae-decoder",
         What::Clap => "pretrain/clap",
         What::Dit => "pretrain/dit",
     };
@@ -77,7 +81,7 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     let (file, overrides) = (args.config.path(), args.config.overrides());
     // The lock and the refusal to overwrite a run come before any clip is read.
     let outcome = match args.what {
-        What::Vae => {
+        What::Vae | What::VaeDecoder => {
             let config: Vae = settings::resolve(name, file, &overrides)?;
             config.vae.check()?;
             config.run.check()?;

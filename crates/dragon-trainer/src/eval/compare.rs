@@ -2,12 +2,14 @@
 
 use dragon_metrics::bootstrap::percentile;
 use dragon_metrics::{Better, bootstrap_indices, win_rate};
-use dragon_rewards::{Reward, RewardConfig, RewardSet, Song};
+use dragon_rewards::{Reward, RewardSet, Song};
 use rayon::prelude::*;
 
+use super::summary::number;
 use super::systems::System;
 use super::{BootstrapConfig, MetricConfig, MetricResult, Monitor, SongResult, Summary};
 use crate::error::{Error, Result};
+use crate::rollout::MONITORS;
 
 /// How two systems are compared, whatever made their songs.
 pub(super) struct Comparison<'a> {
@@ -70,7 +72,7 @@ impl Comparison<'_> {
                     None => subset_scores(reward, &all[s], &subsets[s]).map_err(refused),
                 })
                 .collect::<Result<_>>()?;
-            let sign = if is_distance(&metric.reward) { -1.0 } else { 1.0 };
+            let sign = if metric.reward.is_distance() { -1.0 } else { 1.0 };
             let differences: Vec<f64> =
                 on_subsets[1].iter().zip(&on_subsets[0]).map(|(t, b)| sign * (t - b)).collect();
             let set_win_rate = win_rate(&on_subsets[1], &on_subsets[0], Better::Higher).map_err(failed)?.rate;
@@ -104,14 +106,46 @@ impl Comparison<'_> {
         }
         let mean =
             |s: usize, k: usize| systems[s].monitors.iter().map(|m| m[k]).sum::<f64>() / sizes[s] as f64;
-        let monitors = ["loudness, LUFS", "level, dBFS", "spectral centroid, Hz"]
+        let monitors = MONITORS
             .iter()
             .enumerate()
-            .map(|(k, name)| Monitor { name: (*name).to_owned(), base: mean(0, k), tuned: mean(1, k) })
+            .map(|(k, (_, name))| Monitor { name: (*name).into(), base: mean(0, k), tuned: mean(1, k) })
             .collect();
         let [base, tuned] = names;
-        Ok(Summary { base, tuned, n_songs: sizes[0], metrics: results, monitors, songs })
+        let warnings = disagreements(&results);
+        Ok(Summary {
+            base,
+            tuned,
+            n_songs: sizes[0],
+            metrics: results,
+            monitors,
+            warnings,
+            inputs_sha256: String::new(),
+            songs,
+        })
     }
+}
+
+/// What speaks against the gain of the first metric: others that became worse, beyond their interval, while it became
+/// better.
+fn disagreements(metrics: &[MetricResult]) -> Vec<String> {
+    let (target, others) = match metrics.split_first() {
+        Some((target, others)) if target.verdict() == Some(true) => (target, others),
+        _ => return Vec::new(),
+    };
+    others
+        .iter()
+        .filter(|other| other.verdict() == Some(false))
+        .map(|other| {
+            format!(
+                "{} became better and {} worse ({} to {}): the gain may be one encoder's taste (reward hacking)",
+                target.name,
+                other.name,
+                number(other.base),
+                number(other.tuned)
+            )
+        })
+        .collect()
 }
 
 fn mean_of(scores: &[f64], members: &[usize]) -> f64 {
@@ -127,8 +161,4 @@ fn subset_scores(
     let one = |members: &Vec<usize>| reward.set_score(&members.iter().map(|&m| songs[m]).collect::<Vec<_>>());
     let scores: Vec<std::result::Result<f64, _>> = subsets.par_iter().map(one).collect();
     scores.into_iter().collect()
-}
-
-fn is_distance(reward: &RewardConfig) -> bool {
-    matches!(reward, RewardConfig::PerSongFad { .. } | RewardConfig::DatasetFad { .. })
 }

@@ -105,6 +105,24 @@ impl EvalConfig {
     }
 }
 
+/// Splits metrics into those of a run's reward, its target, and the others. A reward that is no metric yet is named by
+/// its label; each reward of a `random_mix` is a target.
+pub fn target_first(
+    reward: &RewardConfig,
+    mut metrics: Vec<MetricConfig>,
+) -> (Vec<MetricConfig>, Vec<MetricConfig>) {
+    let parts = match reward {
+        RewardConfig::RandomMix { rewards } => &rewards[..],
+        single => std::slice::from_ref(single),
+    };
+    let mut target = |reward: &RewardConfig| match metrics.iter().position(|metric| metric.reward == *reward)
+    {
+        Some(i) => metrics.remove(i),
+        None => MetricConfig { name: reward.label(), reward: reward.clone() },
+    };
+    (parts.iter().map(&mut target).collect(), metrics)
+}
+
 /// What [`EvalConfig`] and [`FoldersConfig`] have in common.
 pub(super) fn check_metrics(
     metrics: &[MetricConfig],

@@ -13,18 +13,21 @@ mod page;
 mod summary;
 mod systems;
 
-use dragon_rewards::{RewardConfig, RewardSet};
+use std::path::{Path, PathBuf};
 
-pub use config::{BootstrapConfig, EvalConfig, FoldersConfig, MetricConfig};
+use dragon_rewards::{RewardConfig, RewardSet};
+use sha2::{Digest, Sha256};
+
+pub use config::{BootstrapConfig, EvalConfig, FoldersConfig, MetricConfig, target_first};
 pub(crate) use summary::number;
-pub use summary::{MetricResult, Monitor, SongResult, Summary};
+pub use summary::{MetricResult, Monitor, SongResult, Summary, win_rates};
 
 use crate::bundle::{self, Bundle};
 use crate::embedder::{EmbedConfig, Embedder};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::generate::{model_of, tuned_dir};
 use crate::rollout::{Sampling, TextCache};
-use crate::run::{Meter, RunContext};
+use crate::run::{Meter, RunContext, hex};
 use compare::Comparison;
 use config::check_metrics;
 use page::{page, training_charts, write};
@@ -61,7 +64,8 @@ pub fn run(cfg: &EvalConfig, ctx: &RunContext) -> Result<Summary> {
         seed: cfg.seed,
         paired: true,
     };
-    let summary = comparison.summary(&systems, songs, names)?;
+    let mut summary = comparison.summary(&systems, songs, names)?;
+    summary.inputs_sha256 = inputs_sha256(cfg)?;
     let mut page = page(&summary, &systems, "Tuned against base");
     page.facts = vec![
         ("command".into(), ctx.command.clone()),
@@ -80,6 +84,29 @@ pub fn run(cfg: &EvalConfig, ctx: &RunContext) -> Result<Summary> {
     }
     write(&summary, &page, &systems, ctx)?;
     Ok(summary)
+}
+
+/// The summary in `dir`, if it is there and of this evaluation: the same config and the same tuned weights.
+///
+/// # Errors
+/// If a file cannot be read.
+pub fn known(cfg: &EvalConfig, dir: &Path) -> Result<Option<Summary>> {
+    let path = dir.join("report.json");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
+    let Ok(summary) = serde_json::from_slice::<Summary>(&text) else { return Ok(None) };
+    Ok((summary.inputs_sha256 == inputs_sha256(cfg)?).then_some(summary))
+}
+
+fn inputs_sha256(cfg: &EvalConfig) -> Result<String> {
+    // Where the weights lie changes nothing.
+    let config = EvalConfig { tuned: PathBuf::new(), ..cfg.clone() };
+    let config = serde_json::to_vec(&config).map_err(|err| Error::Bug(err.to_string()))?;
+    let path = tuned_dir(&cfg.tuned)?.join("model.safetensors");
+    let weights = std::fs::read(&path).map_err(Error::io("read", &path))?;
+    Ok(hex(&Sha256::new().chain_update(config).chain_update(weights).finalize()))
 }
 
 /// Measures two folders of audio against each other; writes `report.json` and `report.html` to `ctx.out_dir`.

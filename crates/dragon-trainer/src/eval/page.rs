@@ -35,6 +35,7 @@ pub(super) fn page(summary: &Summary, systems: &[System], title: &str) -> report
         summary.tuned,
         if target.lower_is_better { "lower" } else { "higher" }
     );
+    let lead = summary.warnings.iter().fold(lead, |lead, warning| format!("{lead} Warning: {warning}."));
     let charts = summary
         .metrics
         .iter()
@@ -139,10 +140,25 @@ pub(super) fn training_charts(path: &Path) -> Result<Vec<report::Chart>> {
             ],
         ),
         chart("Gradient norm", "norm before clipping", true, &[("grad_norm", "norm")]),
-        chart("Level of the generations", "dBFS", false, &[("loudness_dbfs", "level")]),
+        chart(
+            "Level of the generations",
+            "dBFS",
+            false,
+            &[("level_dbfs", "level"), ("loudness_lufs", "loudness, LUFS"), ("peak_dbfs", "peak")],
+        ),
         chart("Brightness of the generations", "Hz", false, &[("centroid_hz", "spectral centroid")]),
+        chart("Size of the generations' latents", "RMS", false, &[("latent_rms", "latents")]),
     ];
-    Ok(charts.into_iter().flatten().collect())
+    // Validations watch other rewards under their names, the base's value beside each.
+    let watched = lines.iter().filter_map(serde_json::Value::as_object).flat_map(|line| line.keys());
+    let watched: std::collections::BTreeSet<&str> =
+        watched.filter_map(|key| key.strip_suffix(" (base)")).collect();
+    let watched = watched.iter().filter_map(|key| {
+        let name = key.trim_start_matches("valid/");
+        let title = format!("Not optimised: {name}, on validation prompts");
+        chart(&title, name, false, &[(key, "tuned"), (&format!("{key} (base)"), "base")])
+    });
+    Ok(charts.into_iter().flatten().chain(watched).collect())
 }
 
 /// Writes `report.json`, `report.html` and the examples of the systems.

@@ -16,6 +16,11 @@ pub struct Summary {
     pub metrics: Vec<MetricResult>,
     /// Numbers that are no reward but show when one is hacked.
     pub monitors: Vec<Monitor>,
+    /// What speaks against the target's gain, a sentence each.
+    pub warnings: Vec<String>,
+    /// SHA-256 of the evaluation's config and of the tuned weights; empty for folders of audio.
+    #[serde(default)]
+    pub inputs_sha256: String,
     /// One entry a song.
     pub songs: Vec<SongResult>,
 }
@@ -47,6 +52,14 @@ pub struct MetricResult {
     pub tuned_songs: Option<Vec<f64>>,
 }
 
+impl MetricResult {
+    /// Whether the tuned model is better; `None` where the interval holds 0.
+    pub fn verdict(&self) -> Option<bool> {
+        let (low, high) = self.difference_95;
+        (low > 0.0 || high < 0.0).then(|| (low > 0.0) != self.lower_is_better)
+    }
+}
+
 /// Means of a number over all songs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Monitor {
@@ -73,10 +86,20 @@ impl Summary {
         &self.metrics[0]
     }
 
+    /// The table in Markdown.
+    pub fn to_markdown(&self) -> String {
+        let (head, rows) = self.cells();
+        crate::report::Table { head, rows, ..Default::default() }.to_markdown()
+    }
+
     /// The table for a terminal.
     pub fn table(&self) -> String {
         let (head, rows) = self.cells();
-        crate::report::Table { head, rows, ..Default::default() }.to_text()
+        let mut text = crate::report::Table { head, rows, ..Default::default() }.to_text();
+        for warning in &self.warnings {
+            text += &format!("warning: {warning}\n");
+        }
+        text
     }
 
     /// Head and rows of the table of metrics and monitors.
@@ -125,6 +148,40 @@ impl Summary {
     }
 }
 
+/// Several evaluations in the layout of the paper's Table 1: a row for what was optimised, a column for each metric, in
+/// the cell the win rate over the base in percent (of songs where the metric has a value of each, else of subsets) and, in
+/// brackets, that of the row's own target. The last row has the mean of the targets.
+pub fn win_rates(runs: &[(String, Summary)]) -> crate::report::Table {
+    let mut names: Vec<&str> = Vec::new();
+    for metric in runs.iter().flat_map(|(_, summary)| &summary.metrics) {
+        if !names.contains(&metric.name.as_str()) {
+            names.push(&metric.name);
+        }
+    }
+    names.sort_unstable();
+    let rate = |m: &MetricResult| 100.0 * m.song_win_rate.as_ref().map_or(m.set_win_rate, |won| won.rate);
+    let head = ["optimised", "prompts"].into_iter().chain(names.iter().copied()).map(str::to_owned).collect();
+    let mut rows: Vec<Vec<String>> = runs
+        .iter()
+        .map(|(run, summary)| {
+            let cells = names.iter().map(|name| match summary.metrics.iter().position(|m| m.name == *name) {
+                None => "-".to_owned(),
+                Some(0) => format!("[{:.1}]", rate(&summary.metrics[0])),
+                Some(i) => format!("{:.1}", rate(&summary.metrics[i])),
+            });
+            [run.clone(), summary.n_songs.to_string()].into_iter().chain(cells).collect()
+        })
+        .collect();
+    let targets: Vec<f64> = runs.iter().map(|(_, summary)| rate(summary.target())).collect();
+    let mean = targets.iter().sum::<f64>() / targets.len().max(1) as f64;
+    let mut last = vec!["-".to_owned(); names.len() + 2];
+    (last[0], last[1]) = (format!("mean of the targets: [{mean:.1}]"), String::new());
+    rows.push(last);
+    let note = "Songs won over the base in percent, or sets of songs where a metric has no value of one song; in brackets: \
+                the reward that was optimised.";
+    crate::report::Table { title: "Win rates".into(), note: note.into(), head, rows }
+}
+
 /// Four significant digits.
 struct Short(f64);
 
@@ -138,4 +195,50 @@ impl std::fmt::Display for Short {
 /// `value` in four significant digits.
 pub(crate) fn number(value: f64) -> String {
     Short(value).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_of_win_rates_puts_the_target_in_brackets_and_averages_the_targets() {
+        let metric = |name: &str, set_win_rate: f64| MetricResult {
+            name: name.into(),
+            reward: String::new(),
+            lower_is_better: false,
+            base: 0.0,
+            tuned: 0.0,
+            difference_95: (0.0, 0.0),
+            song_win_rate: None,
+            set_win_rate,
+            effect_size: None,
+            base_songs: None,
+            tuned_songs: None,
+        };
+        let summary = |metrics| Summary {
+            base: String::new(),
+            tuned: String::new(),
+            n_songs: 9,
+            metrics,
+            monitors: Vec::new(),
+            warnings: Vec::new(),
+            inputs_sha256: String::new(),
+            songs: Vec::new(),
+        };
+        let mut songs = metric("b", 0.1);
+        songs.song_win_rate = Some(
+            dragon_metrics::win_rate(&[1.0, 1.0, 1.0, 0.0], &[0.5; 4], dragon_metrics::Better::Higher)
+                .unwrap(),
+        );
+        let runs = [
+            ("x".into(), summary(vec![metric("a", 0.5), songs])),
+            ("y".into(), summary(vec![metric("c", 1.0)])),
+        ];
+        let table = win_rates(&runs);
+        assert_eq!(table.head, ["optimised", "prompts", "a", "b", "c"]);
+        assert_eq!(table.rows[0], ["x", "9", "[50.0]", "75.0", "-"]);
+        assert_eq!(table.rows[1], ["y", "9", "-", "-", "[100.0]"]);
+        assert_eq!(table.rows[2][0], "mean of the targets: [75.0]");
+    }
 }

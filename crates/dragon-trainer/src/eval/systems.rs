@@ -12,14 +12,14 @@ use crate::bundle::{Bundle, Prompt};
 use crate::embed;
 use crate::embedder::{Batch, Embedder};
 use crate::error::{Error, Result};
-use crate::rollout::Sampling;
+use crate::rollout::{self, Sampling};
 use crate::run::{Meter, RunContext};
 
 /// The songs of one system.
 pub(super) struct System {
     pub songs: Vec<Song>,
-    /// Loudness in LUFS, level in dBFS and spectral centroid in Hz of each song.
-    pub monitors: Vec<[f64; 3]>,
+    /// [`rollout::MONITORS`] of each song.
+    pub monitors: Vec<[f64; 4]>,
     pub examples: Vec<Clip>,
 }
 
@@ -55,7 +55,7 @@ impl Generator<'_> {
                 bundle: Some(self.sampling.bundle),
             };
             system.songs.extend(self.embedder.songs(self.rewards.sources(), &batch)?);
-            system.monitors.par_extend(made.clips.par_iter().map(|clip| monitors_of(clip, rate)));
+            system.monitors.par_extend(made.clips.par_iter().map(|clip| rollout::monitors(clip, rate)));
             for samples in made.clips {
                 if system.examples.len() < self.cfg.examples {
                     system.examples.push(Clip { samples, sample_rate_hz: rate });
@@ -103,7 +103,7 @@ impl Listener<'_> {
             let context = format!("cannot embed `{}`", file.display());
             let songs = self.embedder.songs(self.rewards.sources(), &batch).map_err(Error::input(context))?;
             system.songs.extend(songs);
-            system.monitors.push(monitors_of(&clips[0], clip.sample_rate_hz));
+            system.monitors.push(rollout::monitors(&clips[0], clip.sample_rate_hz));
             if system.examples.len() < self.cfg.examples {
                 let [samples] = clips;
                 system.examples.push(Clip { samples, sample_rate_hz: clip.sample_rate_hz });
@@ -170,13 +170,4 @@ fn stopped() -> Error {
         problem: "stopped before the end".into(),
         hint: "nothing was written; start the command again".into(),
     }
-}
-
-fn monitors_of(samples: &[f32], sample_rate_hz: u32) -> [f64; 3] {
-    // Silence has no loudness; -120 keeps the means numbers.
-    [
-        dragon_audio::lufs(&[samples], sample_rate_hz).max(-120.0),
-        dragon_audio::rms_dbfs(samples).max(-120.0),
-        dragon_audio::spectral_centroid_hz(samples, sample_rate_hz),
-    ]
 }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::embedder::EmbedConfig;
 use crate::error::{Error, Result};
+use crate::eval::MetricConfig;
 use crate::losses::LossConfig;
 use crate::pretrain::{self, LoopConfig};
 
@@ -94,6 +95,9 @@ pub struct ValidationConfig {
     pub n_prompts: usize,
     /// How latents are sampled.
     pub sampler: SamplerConfig,
+    /// What is watched besides the reward: rewards that are not optimised.
+    #[serde(default)]
+    pub monitors: Vec<MetricConfig>,
 }
 
 impl FinetuneConfig {
@@ -160,7 +164,14 @@ impl FinetuneConfig {
                 "unpaired",
             ));
         }
-        self.embed.check([&self.reward])
+        self.embed.check([&self.reward])?;
+        self.embed.check(self.watched())
+    }
+
+    /// Rewards that validations watch.
+    pub(super) fn watched(&self) -> impl Iterator<Item = &RewardConfig> {
+        let monitors = if self.run.validate_every > 0 { &self.validation.monitors[..] } else { &[] };
+        monitors.iter().map(|metric| &metric.reward)
     }
 
     fn check_loss(&self) -> Result<()> {

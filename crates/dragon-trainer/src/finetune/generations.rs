@@ -11,7 +11,7 @@ use super::{DemonstrationsConfig, FinetuneTask};
 use crate::bundle;
 use crate::embedder::Batch;
 use crate::error::{Error, Result};
-use crate::rollout::{self, Sampling};
+use crate::rollout;
 use crate::run::RunContext;
 
 /// The songs of a step.
@@ -21,8 +21,10 @@ pub(super) struct Generations {
     pub songs: Vec<Song>,
     pub captions: Vec<String>,
     pub by_reference: Vec<bool>,
-    pub loudness_dbfs: f64,
-    pub centroid_hz: f64,
+    /// Means of [`rollout::MONITORS`].
+    pub monitors: [f64; 4],
+    /// Root mean square of the latents.
+    pub latent_rms: f64,
 }
 
 impl FinetuneTask<'_> {
@@ -62,17 +64,23 @@ impl FinetuneTask<'_> {
         let latents = Tensor::cat(&rows, 0)?;
         let clips = self.bundle.decode(&latents)?;
         let songs = self.embedder.songs(self.rewards.sources(), &self.batch(&latents, &clips, &captions))?;
-        let (loudness_dbfs, centroid_hz) = rollout::monitors(&clips, self.bundle.sample_rate_hz());
+        let monitors = rollout::mean_monitors(&clips, self.bundle.sample_rate_hz());
+        let latent_rms = f64::from(latents.sqr()?.mean_all()?.to_scalar::<f32>()?).sqrt();
         let captions = captions.into_iter().map(str::to_owned).collect();
-        Ok(Generations { latents, cond, songs, captions, by_reference, loudness_dbfs, centroid_hz })
+        Ok(Generations { latents, cond, songs, captions, by_reference, monitors, latent_rms })
     }
 
     /// A stop request waits for the end of the step: the step in progress is kept.
-    fn unstoppable(&self) -> RunContext {
+    pub(super) fn unstoppable(&self) -> RunContext {
         RunContext { stop: Default::default(), ..self.ctx.clone() }
     }
 
-    fn batch<'b>(&'b self, latents: &'b Tensor, clips: &'b [Vec<f32>], captions: &'b [&'b str]) -> Batch<'b> {
+    pub(super) fn batch<'b>(
+        &'b self,
+        latents: &'b Tensor,
+        clips: &'b [Vec<f32>],
+        captions: &'b [&'b str],
+    ) -> Batch<'b> {
         Batch {
             clips,
             sample_rate_hz: self.bundle.sample_rate_hz(),
@@ -102,21 +110,6 @@ impl FinetuneTask<'_> {
         };
         Ok((made.map_err(refused)?, pick))
     }
-
-    /// Songs of the validation prompts by a model, with the noise that `generate` and `eval` use.
-    pub(super) fn valid_songs(&self, model: &Model) -> Result<Vec<Song>> {
-        let prompts = &self.valid[..self.cfg.validation.n_prompts.min(self.valid.len())];
-        let captions: Vec<&str> = prompts.iter().map(|p| p.caption.as_str()).collect();
-        let keys: Vec<(&str, u64)> = captions.iter().map(|&caption| (caption, self.cfg.seed)).collect();
-        let sampling = Sampling {
-            bundle: self.bundle,
-            texts: &self.texts,
-            sampler: &self.cfg.validation.sampler,
-            batch: self.cfg.rollout.batch,
-        };
-        let made = sampling.songs(model, &keys, &self.unstoppable())?.ok_or_else(not_asked_to_stop)?;
-        self.embedder.songs(self.rewards.sources(), &self.batch(&made.latents, &made.clips, &captions))
-    }
 }
 
 /// What the noise of each generation follows from: the step, the prompt, and how often the prompt came before in this
@@ -131,7 +124,7 @@ fn noise_keys<'a>(step: usize, prompts: impl Iterator<Item = &'a str>) -> Vec<St
     prompts.map(key).collect()
 }
 
-fn not_asked_to_stop() -> Error {
+pub(super) fn not_asked_to_stop() -> Error {
     Error::Bug("sampling stopped without being asked".into())
 }
 

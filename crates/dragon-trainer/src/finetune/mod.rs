@@ -5,11 +5,12 @@
 //! latents; loss, clipping, AdamW, EMA. Everything random follows from (run seed, step), so a resumed run is exact.
 //!
 //! Reading order: the task and its step are here; `config` says what a run depends on; `generations` makes songs and
-//! splits them into D+ and D-; `update` learns from them.
+//! splits them into D+ and D-; `update` learns from them; `watch` validates and warns.
 
 mod config;
 mod generations;
 mod update;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,7 +18,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use dragon_diffusion::Model;
 use dragon_nn::{AdamW, Ema, Params, Rng};
-use dragon_rewards::{Reward, RewardSet, RunningStats, Song};
+use dragon_rewards::{Reward, RewardSet, RunningStats};
 use serde::Serialize;
 
 pub use config::{DemonstrationsConfig, FinetuneConfig, RolloutConfig, UpdateConfig, ValidationConfig};
@@ -26,8 +27,9 @@ use crate::bundle::{self, Bundle, Prompt, Split};
 use crate::embedder::Embedder;
 use crate::error::{Error, Result};
 use crate::pretrain::{self, Outcome, Task};
-use crate::rollout::TextCache;
+use crate::rollout::{self, TextCache};
 use crate::run::RunContext;
+use watch::{Drift, Validation};
 
 /// Fine-tunes the base model of a model folder; the tuned model goes to `OUT/model/`.
 ///
@@ -44,7 +46,8 @@ pub fn run(cfg: &FinetuneConfig, ctx: &RunContext) -> Result<Outcome> {
     let resolved = Resolved { base: base_sha256(&cfg.bundle)?, config: cfg };
     let mut folder = crate::run::RunFolder::open(ctx, "finetune", &resolved)?;
     let bundle = Bundle::load(&cfg.bundle, &ctx.device)?;
-    let embedder = Embedder::load(&cfg.embed, &cfg.reward.sources(), &bundle.device)?;
+    let sources: Vec<_> = cfg.watched().chain([&cfg.reward]).flat_map(|reward| reward.sources()).collect();
+    let embedder = Embedder::load(&cfg.embed, &sources, &bundle.device)?;
     let rewards = embedder.reward(&cfg.reward, Some(&bundle), ctx)?;
     let mut task = FinetuneTask::new(cfg, &bundle, &embedder, rewards, train, valid, ctx)?;
     tracing::info!(
@@ -83,14 +86,14 @@ pub struct FinetuneTask<'a> {
     embedder: &'a Embedder,
     rewards: RewardSet,
     train: Vec<Prompt>,
-    valid: Vec<Prompt>,
+    validation: Option<Validation>,
+    drift: Drift,
     texts: TextCache,
     policy: Params,
     model: Model,
     reference: Model,
     optimizer: AdamW,
     ema: Option<Ema>,
-    valid_base: Option<Vec<Song>>,
     ctx: RunContext,
 }
 
@@ -110,7 +113,7 @@ impl<'a> FinetuneTask<'a> {
     ) -> Result<Self> {
         for reward in rewards.iter() {
             let of_sets = matches!(reward, Reward::Distribution(_));
-            if of_sets && self::needs_songs(cfg) {
+            if of_sets && needs_songs(cfg) {
                 return Err(Error::config(
                     "reward.kind",
                     "a reward of single songs, which this loss or `unpaired` demonstrations need",
@@ -126,22 +129,25 @@ impl<'a> FinetuneTask<'a> {
             decay => Some(Ema::new(&policy, decay)?),
         };
         let reference = bundle.base_model()?;
-        let (texts, valid_base) = (TextCache::default(), None);
-        let ctx = ctx.clone();
+        let validation = match valid.is_empty() {
+            true => None,
+            false => Some(Validation::new(cfg, bundle, embedder, valid, ctx)?),
+        };
+        let (texts, drift, ctx) = (TextCache::default(), Drift::default(), ctx.clone());
         Ok(Self {
             cfg,
             bundle,
             embedder,
             rewards,
             train,
-            valid,
+            validation,
+            drift,
             texts,
             policy,
             model,
             reference,
             optimizer,
             ema,
-            valid_base,
             ctx,
         })
     }
@@ -181,37 +187,24 @@ impl Task for FinetuneTask<'_> {
             ("reward", reward),
             ("reference_share", shared),
             ("reward_index", pick as f64),
-            ("loudness_dbfs", generations.loudness_dbfs),
-            ("centroid_hz", generations.centroid_hz),
+            ("latent_rms", generations.latent_rms),
         ]);
+        log.extend(rollout::MONITORS.iter().map(|(key, _)| *key).zip(generations.monitors));
+        if let Some(warning) = self.drift.after(&log) {
+            tracing::warn!("step {}: {warning}", step + 1);
+        }
         Ok(log)
     }
 
-    fn validate(&mut self) -> Result<Vec<(&'static str, f64)>> {
-        if self.valid.is_empty() {
-            return Ok(Vec::new());
+    fn validate(&mut self) -> Result<Vec<(String, f64)>> {
+        match self.validation.take() {
+            None => Ok(Vec::new()),
+            Some(mut validation) => {
+                let found = validation.run(self);
+                self.validation = Some(validation);
+                found
+            }
         }
-        if self.valid_base.is_none() {
-            self.valid_base = Some(self.valid_songs(&self.reference)?);
-        }
-        let tuned =
-            Model::new(&self.bundle.dit_config, bundle::frozen(self.exported(), &self.bundle.device))?;
-        let tuned = self.valid_songs(&tuned)?;
-        let base = self.valid_base.as_deref().unwrap_or_default();
-        let refused = |err: dragon_rewards::Error| Error::input("cannot score the validation songs")(err);
-        let (tuned, base): (Vec<&Song>, Vec<&Song>) = (tuned.iter().collect(), base.iter().collect());
-        let reward = self.rewards.get(0).ok_or_else(|| Error::Bug("no reward".into()))?;
-        let mut out = vec![
-            ("reward", reward.set_score(&tuned).map_err(refused)?),
-            ("reward_base", reward.set_score(&base).map_err(refused)?),
-        ];
-        let scores =
-            (reward.song_scores(&tuned).map_err(refused)?, reward.song_scores(&base).map_err(refused)?);
-        if let (Some(tuned), Some(base)) = scores {
-            let rate = dragon_metrics::win_rate(&tuned, &base, dragon_metrics::Better::Higher);
-            out.push(("win_rate", rate.map_err(Error::input("validation"))?.rate));
-        }
-        Ok(out)
     }
 
     fn state(&self) -> Result<BTreeMap<String, Tensor>> {

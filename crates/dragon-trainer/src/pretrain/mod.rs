@@ -35,7 +35,7 @@ pub trait Task {
     ///
     /// # Errors
     /// If a forward pass fails.
-    fn validate(&mut self) -> Result<Vec<(&'static str, f64)>>;
+    fn validate(&mut self) -> Result<Vec<(String, f64)>>;
 
     /// Everything needed to go on bit for bit (parameters, optimiser moments, EMA), name -> tensor.
     ///
@@ -90,6 +90,11 @@ pub(crate) fn check_optimizer(key: &str, cfg: &AdamWConfig) -> Result<()> {
         return wrong("weight_decay", "a number of at least 0", cfg.weight_decay);
     }
     Ok(())
+}
+
+/// Scalars with owned names.
+pub(crate) fn named(scalars: Vec<(&'static str, f64)>) -> Vec<(String, f64)> {
+    scalars.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
 /// The items of a step among `n`: each epoch goes through all of them once, in an order keyed by seed and epoch.
@@ -232,8 +237,7 @@ pub fn run_in(
         let started = Instant::now();
         let mut rng = Rng::from_key(&format!("step/{step}"), seed);
         let scalars = task.step(step, &mut rng).map_err(|err| in_step(err, step, &last))?;
-        let mut values: Vec<(String, f64)> =
-            scalars.into_iter().map(|(name, v)| (name.to_owned(), v)).collect();
+        let mut values = named(scalars);
         check_finite(step, &values, &last)?;
         next_step += 1;
         let at_end = next_step == cfg.steps;
@@ -377,11 +381,11 @@ mod tests {
             let loss = if self.nan_at == Some(step) { f64::NAN } else { self.weight as f64 };
             Ok(vec![("loss", loss)])
         }
-        fn validate(&mut self) -> Result<Vec<(&'static str, f64)>> {
+        fn validate(&mut self) -> Result<Vec<(String, f64)>> {
             if self.validation_fails {
                 return Err(Error::BrokenSong { value: f64::NAN, prompt: "a waltz".into() });
             }
-            Ok(vec![("loss", 2.0 * self.weight as f64)])
+            Ok(named(vec![("loss", 2.0 * self.weight as f64)]))
         }
         fn state(&self) -> Result<BTreeMap<String, Tensor>> {
             Ok([("weight".to_owned(), Tensor::new(self.weight, &Device::Cpu)?)].into())

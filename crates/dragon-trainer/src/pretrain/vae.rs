@@ -166,8 +166,8 @@ impl Task for VaeTask {
         Ok(self.training.step(step, &audio, &noise)?)
     }
 
-    fn validate(&mut self) -> Result<Vec<(&'static str, f64)>> {
-        Ok(self.training.validate(&self.valid)?)
+    fn validate(&mut self) -> Result<Vec<(String, f64)>> {
+        Ok(super::named(self.training.validate(&self.valid)?))
     }
 
     fn state(&self) -> Result<BTreeMap<String, Tensor>> {

@@ -45,6 +45,13 @@ pub struct Table {
 }
 
 impl Table {
+    /// Head and rows as a Markdown table.
+    pub fn to_markdown(&self) -> String {
+        let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
+        let rule = vec!["---".to_owned(); self.head.len()];
+        [&self.head, &rule].into_iter().chain(&self.rows).map(|row| line(row)).collect()
+    }
+
     /// Head and rows for a terminal, columns aligned.
     pub fn to_text(&self) -> String {
         let all: Vec<&Vec<String>> = std::iter::once(&self.head).chain(&self.rows).collect();

@@ -118,7 +118,7 @@ fn config_for(dir: &Path) -> FinetuneConfig {
             },
             ema_decay: 0.5,
         },
-        validation: ValidationConfig { n_prompts: 4, sampler },
+        validation: ValidationConfig { n_prompts: 4, sampler, monitors: Vec::new() },
         run: LoopConfig {
             steps: 6,
             log_every: 1,

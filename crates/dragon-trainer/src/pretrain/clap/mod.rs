@@ -199,7 +199,7 @@ impl Task for ClapTask {
         Ok(vec![("loss", value), ("grad_norm", grad_norm), ("lr", lr), ("logit_scale", logit_scale)])
     }
 
-    fn validate(&mut self) -> Result<Vec<(&'static str, f64)>> {
+    fn validate(&mut self) -> Result<Vec<(String, f64)>> {
         let n = self.valid.captions.len();
         let mut audio = Vec::with_capacity(n);
         for start in (0..n).step_by(16) {
@@ -211,7 +211,7 @@ impl Task for ClapTask {
             .embed_captions(&self.valid.captions)
             .map_err(Error::input("a validation caption"))?;
         let scores = Retrieval::of(&audio, &text, &self.valid.captions);
-        Ok(scores.scalars())
+        Ok(super::named(scores.scalars()))
     }
 
     fn state(&self) -> Result<BTreeMap<String, Tensor>> {

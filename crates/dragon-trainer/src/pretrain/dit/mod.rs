@@ -223,8 +223,8 @@ impl Task for DitTask {
         Ok(vec![("loss", loss), ("grad_norm", grad_norm), ("lr", lr)])
     }
 
-    fn validate(&mut self) -> Result<Vec<(&'static str, f64)>> {
-        self.losses()
+    fn validate(&mut self) -> Result<Vec<(String, f64)>> {
+        Ok(super::named(self.losses()?))
     }
 
     fn state(&self) -> Result<BTreeMap<String, Tensor>> {

@@ -1,0 +1,79 @@
+//! `dragon reproduce`: fine-tunings one after the other, and their win rates in the layout of the paper's Table 1.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Result, bail};
+use dragon_trainer::eval::{Summary, win_rates};
+use dragon_trainer::run::write_atomic;
+
+use super::{ConfigArgs, RunArgs, finetune};
+use crate::settings;
+
+/// Fine-tune by several presets and print their win rates over the base as the paper's Table 1 does
+///
+/// Each preset has its folder OUT/PRESET. A preset that is done is not run again, one that was stopped goes on.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  dragon reproduce                                   all presets of presets/finetune
+  dragon reproduce per-song-fad vendi --set run.steps=10 --out runs/short
+  dragon reproduce per-song-fad --seed 2 --out runs/seed-2")]
+pub struct Args {
+    /// Presets of presets/finetune; all of them if none is named
+    presets: Vec<String>,
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Where tensors live: `cpu` or `cuda` (`cuda:1` for the second GPU)
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Folder of the runs, of table-1.md and table-1.json
+    #[arg(long, value_name = "DIR", default_value = "runs/reproduce")]
+    out: PathBuf,
+}
+
+/// Runs the command.
+pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
+    if args.config.path().is_some() {
+        bail!("`reproduce` runs presets, not a config file\nhint: dragon finetune --config FILE runs one");
+    }
+    let known: Vec<&str> =
+        settings::PRESETS.iter().filter_map(|(name, _)| name.strip_prefix("finetune/")).collect();
+    let presets = match args.presets.is_empty() {
+        true => known.iter().map(|name| (*name).to_owned()).collect(),
+        false => args.presets,
+    };
+    // A mistake in the last preset should not wait for the runs before it.
+    for preset in &presets {
+        finetune::config(preset, &args.config)?.check()?;
+    }
+    let run = RunArgs { resume: true, device: args.device };
+    let mut done: Vec<(String, Summary)> = Vec::new();
+    for preset in &presets {
+        let out = args.out.join(preset);
+        eprintln!("{preset}: {}", out.display());
+        let summary = finetune::run_preset(preset, &args.config, &run, &out, stop)?;
+        let Some(summary) = summary else { return Ok(()) };
+        done.push((preset.clone(), summary));
+        write(&args.out, &done)?;
+    }
+    print!("{}", win_rates(&done).to_text());
+    println!("{}", args.out.join("table-1.md").display());
+    Ok(())
+}
+
+/// Writes what is done so far.
+fn write(out: &Path, done: &[(String, Summary)]) -> Result<()> {
+    let table = win_rates(done);
+    let mut text = format!("{}\n\n{}", table.note, table.to_markdown());
+    for (preset, summary) in done {
+        text += &format!("\n## {preset}\n\n{}", summary.to_markdown());
+    }
+    write_atomic(&out.join("table-1.md"), text.as_bytes())?;
+    let json: Vec<_> = done
+        .iter()
+        .map(|(preset, summary)| serde_json::json!({ "preset": preset, "metrics": summary.metrics }))
+        .collect();
+    Ok(write_atomic(&out.join("table-1.json"), &serde_json::to_vec_pretty(&json)?)?)
+}
