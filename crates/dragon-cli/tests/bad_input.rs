@@ -289,6 +289,17 @@ fn an_unknown_key_is_named_with_the_known_ones() {
         refused(dir, &format!("{command}{out} --set {key}"), &[&unknown, key, known]);
     }
     refused(dir, "embed songs --out songs.npz --set setting.hops=1", &["unknown field `hops`", "`hop_s`"]);
+    for command in ["data fetch", "data render", "data import songs"] {
+        // Nothing in an import is random: its first unknown key is `seed`.
+        let parts = ["`run.toml`", "unknown field `s", "expected one of"];
+        refused(dir, &format!("{command} --out new --config run.toml"), &parts);
+        let set = "--set clip.duration=4";
+        refused(
+            dir,
+            &format!("{command} --out new {set}"),
+            &["unknown field `duration`", "`duration_s`", set],
+        );
+    }
     refused(dir, "generate harp --out new --config no.toml", &["cannot read the config `no.toml`"]);
     std::fs::write(dir.join("run.toml"), "seed = \n").unwrap();
     refused(dir, "generate harp --out new --config run.toml", &["`run.toml` is not valid TOML"]);
@@ -316,6 +327,39 @@ fn a_zero_batch_is_named() {
         let wrong = format!("{command} --out new --set {key}=many");
         refused(dir, &wrong, &["invalid type: string \"many\"", &format!("{key}=many")]);
     }
+}
+
+#[test]
+fn impossible_sizes_of_a_corpus_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    write_tone(&dir.join("songs/a.wav"), 6.0, 0.3);
+    for command in ["data fetch", "data render", "data import songs"] {
+        for (set, expected, found) in [
+            ("clip.sample_rate_hz=0", "8000 to 96000 Hz", "0"),
+            ("clip.duration_s=0", "0.4 to 600 s", "0"),
+            ("clip.duration_s=-5", "0.4 to 600 s", "-5"),
+            ("split.test_percent=101", "at most 100", "101"),
+        ] {
+            let key = set.split('=').next().unwrap();
+            let parts = [&format!("config key `{key}`: expected {expected}"), &format!("found {found}")];
+            refused(dir, &format!("{command} --out new --set {set}"), &parts.map(String::as_str));
+        }
+        let negative = format!("{command} --out new --set split.valid_percent=-1");
+        refused(dir, &negative, &["split.valid_percent=-1", "integer `-1`"]);
+    }
+    for (command, key) in [
+        ("data fetch --clips", "n_clips"),
+        ("data render --clips", "n_clips"),
+        ("data import songs --clips-per-file", "max_clips_per_file"),
+    ] {
+        let problem = format!("config key `{key}`: expected at least 1, found 0");
+        refused(dir, &format!("{command} 0 --out new"), &[&problem]);
+    }
+    refused(dir, "data render --out new --tunes songs", &["`soundfont`: expected a path beside `tunes`"]);
+    accepted(dir, "data import songs --out new --set clip.duration_s=2 --set clip.sample_rate_hz=8000");
+    let manifest = std::fs::read_to_string(dir.join("new/manifest.jsonl")).unwrap();
+    assert_eq!(manifest.matches("\"duration_s\":2.0,\"sample_rate_hz\":8000").count(), 3, "{manifest}");
 }
 
 #[test]

@@ -176,7 +176,7 @@ mod tests {
         let mut n = 0;
         for i in 0..2000 {
             let mut choices = Choices::new(9, &format!("{i}"));
-            let Some(arrangement) = arrange(&tune, &mut choices) else { continue };
+            let Some(arrangement) = arrange(&tune, 5.12, &mut choices) else { continue };
             let facts = arrangement.facts;
             let (text, form) = caption(&facts, &mut choices);
             n += 1;

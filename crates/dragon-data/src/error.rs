@@ -41,6 +41,18 @@ pub enum Error {
         /// Field, expected and found.
         detail: String,
     },
+    /// A setting cannot work.
+    #[error(
+        "config key `{key}`: expected {expected}, found {found}\nhint: correct it in the config, or with --set; docs/config.md explains the keys"
+    )]
+    Config {
+        /// Path of the key, `clip.duration_s`.
+        key: &'static str,
+        /// What would work.
+        expected: String,
+        /// What was given.
+        found: String,
+    },
     /// An input file is not what it should be.
     #[error("{what} `{path}` cannot be used: {detail}\nhint: correct the file, or leave it out", path = .path.display())]
     Input {
@@ -98,6 +110,10 @@ pub enum Error {
 }
 
 impl Error {
+    pub(crate) fn config(key: &'static str, expected: impl ToString, found: impl ToString) -> Self {
+        Error::Config { key, expected: expected.to_string(), found: found.to_string() }
+    }
+
     pub(crate) fn io(path: &Path, action: &'static str) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_path_buf();
         move |source| Error::Io { path, action, source }

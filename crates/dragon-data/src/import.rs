@@ -5,7 +5,7 @@
 //! - *List*: a column or field `path` (or `audio`, `file`) and `caption` (or `text`, `prompt`); `piece` may name what
 //!   the file is a part of. Paths are relative to the list.
 //!
-//! Each file is mixed to mono, resampled to 16 kHz and cut into as many 5.12 s clips as fit, with the file's caption.
+//! Each file is mixed to mono, resampled and cut into as many clips as fit, with the file's caption.
 //! Clips come to their place together, when all are made: an import that fails leaves its output folder as it was.
 
 use std::collections::{BTreeMap, HashSet};
@@ -16,10 +16,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
-use crate::clips::{self, CLIP_S, CLIP_SAMPLES, Refusal, SAMPLE_RATE_HZ};
+use crate::clips::{Form, Refusal};
 use crate::error::{Error, Result};
 use crate::manifest::{
-    CaptionSource, Corpus, Entry, parse_csv, read_manifest, read_text, split_of, write_manifest,
+    CaptionSource, Corpus, Entry, Shares, parse_csv, read_manifest, read_text, write_manifest,
 };
 use crate::rng::hash64;
 use crate::store::slug;
@@ -41,6 +41,10 @@ pub struct Options {
     pub max_clips_per_file: Option<usize>,
     /// Leave out files that cannot be used, instead of stopping at the first.
     pub skip_bad: bool,
+    /// Form of the clips.
+    pub clip: Form,
+    /// Held-out shares of the pieces.
+    pub split: Shares,
 }
 
 /// What was imported.
@@ -69,10 +73,15 @@ struct Item {
 /// Imports audio. Every caption and path is checked, and every file looked at, before the first is decoded.
 ///
 /// # Errors
-/// If the source is missing or empty, a caption is empty or longer than 1000 characters, or a file cannot be
+/// If a setting cannot work, the source is missing or empty, a caption is empty or longer than 1000 characters, or a file cannot be
 /// used (missing, damaged, too short, silent) and `skip_bad` is off; also if the output folder holds an import of other
 /// files. The output folder is then as it was.
 pub fn import(options: &Options, stop: &AtomicBool) -> Result<Summary> {
+    options.clip.check()?;
+    options.split.check()?;
+    if options.max_clips_per_file == Some(0) {
+        return Err(Error::config("max_clips_per_file", "at least 1", 0));
+    }
     let items = if options.from.is_dir() { folder(&options.from)? } else { list(&options.from)? };
     if items.is_empty() {
         let detail = format!("looked for files ending in {}", AUDIO.join(", "));
@@ -200,22 +209,24 @@ fn is_full(error: &Error) -> bool {
 }
 
 fn import_one(id: &str, item: &Item, options: &Options, dir: &Path) -> Result<(Vec<Entry>, Vec<Refusal>)> {
-    let audio = dragon_audio::read_mono(&item.path, SAMPLE_RATE_HZ)?;
-    let n_fit = audio.samples.len() / CLIP_SAMPLES;
+    let form = &options.clip;
+    let n_samples = form.n_samples();
+    let audio = dragon_audio::read_mono(&item.path, form.sample_rate_hz)?;
+    let n_fit = audio.samples.len() / n_samples;
     if n_fit == 0 {
         return Err(dragon_audio::Error::TooShort {
             path: item.path.clone(),
-            expected_s: CLIP_S,
+            expected_s: form.exact_s(),
             found_s: audio.duration_s(),
         }
         .into());
     }
-    let n = options.max_clips_per_file.map_or(n_fit, |max| n_fit.min(max.max(1)));
+    let n = options.max_clips_per_file.map_or(n_fit, |max| n_fit.min(max));
     let (mut entries, mut refused) = (Vec::new(), Vec::new());
     for k in 0..n {
-        let from = (k * n_fit / n) * CLIP_SAMPLES;
-        let mut samples = audio.samples[from..from + CLIP_SAMPLES].to_vec();
-        let gain_db = match clips::level(&mut samples) {
+        let from = (k * n_fit / n) * n_samples;
+        let mut samples = audio.samples[from..from + n_samples].to_vec();
+        let gain_db = match form.level(&mut samples) {
             Ok(gain_db) => gain_db,
             Err(reason) => {
                 refused.push(reason);
@@ -224,7 +235,7 @@ fn import_one(id: &str, item: &Item, options: &Options, dir: &Path) -> Result<(V
         };
         let id = format!("{id}-{k:03}");
         let path = format!("wav/{id}.wav");
-        clips::store(&dir.join(&path), samples)?;
+        form.store(&dir.join(&path), samples)?;
         let mut attributes = Map::new();
         attributes.insert("file".into(), json!(item.path.file_name().unwrap_or_default().to_string_lossy()));
         attributes.insert("gain_db".into(), json!((100.0 * gain_db).round() / 100.0));
@@ -232,12 +243,12 @@ fn import_one(id: &str, item: &Item, options: &Options, dir: &Path) -> Result<(V
             id,
             piece: item.piece.clone(),
             path,
-            start_s: from as f64 / f64::from(SAMPLE_RATE_HZ),
-            duration_s: CLIP_S,
-            sample_rate_hz: SAMPLE_RATE_HZ,
+            start_s: from as f64 / f64::from(form.sample_rate_hz),
+            duration_s: form.exact_s(),
+            sample_rate_hz: form.sample_rate_hz,
             caption: item.caption.clone(),
             caption_source: CaptionSource::User,
-            split: split_of(&item.piece),
+            split: options.split.split_of(&item.piece),
             corpus: Corpus::Import,
             attributes,
         });
@@ -245,7 +256,7 @@ fn import_one(id: &str, item: &Item, options: &Options, dir: &Path) -> Result<(V
     if entries.is_empty() && refused.contains(&Refusal::Silent) {
         return Err(dragon_audio::Error::Silent {
             path: item.path.clone(),
-            expected_dbfs: clips::SILENCE_LUFS,
+            expected_dbfs: form.silence_lufs,
             found_dbfs: dragon_audio::rms_dbfs(&audio.samples),
         }
         .into());
@@ -361,7 +372,14 @@ mod tests {
     }
 
     fn options(from: PathBuf, out: &Path) -> Options {
-        Options { from, out: out.to_path_buf(), max_clips_per_file: None, skip_bad: false }
+        Options {
+            from,
+            out: out.to_path_buf(),
+            max_clips_per_file: None,
+            skip_bad: false,
+            clip: Form::default(),
+            split: Shares::default(),
+        }
     }
 
     fn message(result: Result<Summary>) -> String {
@@ -383,10 +401,26 @@ mod tests {
         assert_eq!(captions, ["one tone", "one tone", "a quiet tone"]);
         for entry in &entries {
             let clip = dragon_audio::read(&out.join(&entry.path)).unwrap();
-            assert_eq!(
-                (clip.channels.len(), clip.n_samples(), clip.sample_rate_hz),
-                (1, CLIP_SAMPLES, 16000)
-            );
+            assert_eq!((clip.channels.len(), clip.n_samples(), clip.sample_rate_hz), (1, 81920, 16000));
+        }
+    }
+
+    #[test]
+    fn clips_take_the_form_that_is_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, out) = (dir.path().join("in"), dir.path().join("out"));
+        fs::create_dir_all(&from).unwrap();
+        write(&from.join("tone.wav"), 6.2, 0.3);
+        let clip = Form { sample_rate_hz: 22050, duration_s: 2.0, target_lufs: -26.0, ..Form::default() };
+        let split = Shares { valid_percent: 0, test_percent: 100 };
+        let asked = Options { clip, split, ..options(from, &out) };
+        assert_eq!(import(&asked, &AtomicBool::new(false)).unwrap().n_clips, 3);
+        for entry in crate::read_manifest(&out.join("manifest.jsonl")).unwrap() {
+            assert_eq!((entry.sample_rate_hz, entry.duration_s), (22050, 2.0));
+            assert_eq!(entry.split, crate::Split::Test);
+            let clip = dragon_audio::read(&out.join(&entry.path)).unwrap();
+            assert_eq!((clip.n_samples(), clip.sample_rate_hz), (44100, 22050));
+            assert!((dragon_audio::lufs(&[&clip.channels[0]], 22050) + 26.0).abs() < 0.1);
         }
     }
 

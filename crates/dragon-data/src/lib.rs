@@ -1,8 +1,8 @@
 //! Music with captions: fetched, rendered or imported into a folder of equal clips with a manifest.
 //!
 //! Reading order:
-//! - [`manifest`]: [`Entry`], one line per clip, and its split, a hash of the piece's name;
-//! - [`clips`]: the one form in which clips are stored, and which excerpts are refused;
+//! - [`manifest`]: [`Entry`], one line per clip, and its split, by a hash of the piece's name;
+//! - [`clips`]: the one form in which the clips of a corpus are stored, and which excerpts are refused;
 //! - [`abc`]: ABC notation to notes; [`arrange`]: notes to an arrangement for General MIDI instruments;
 //!   [`caption`]: an arrangement in words; [`render`]: all of it to clips (corpus "scores");
 //! - [`fetch`]: packages of recorded music to clips (corpus "recordings"), and the inputs that `render` needs;
@@ -23,4 +23,4 @@ pub mod rng;
 mod store;
 
 pub use error::{Error, Result};
-pub use manifest::{CaptionSource, Corpus, Entry, Split, read_manifest, split_of, write_manifest};
+pub use manifest::{CaptionSource, Corpus, Entry, Shares, Split, read_manifest, write_manifest};

@@ -29,7 +29,7 @@ pub struct Entry {
     pub caption: String,
     /// Where the caption is from.
     pub caption_source: CaptionSource,
-    /// Training, validation or test; see [`split_of`].
+    /// Training, validation or test; see [`Shares::split_of`].
     pub split: Split,
     /// Where the clip is from.
     pub corpus: Corpus,
@@ -56,11 +56,11 @@ pub enum CaptionSource {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Split {
-    /// For training, 90 % of the pieces.
+    /// For training.
     Train,
-    /// For choices during development, 5 %.
+    /// For choices during development.
     Valid,
-    /// For final numbers, 5 %.
+    /// For final numbers.
     Test,
 }
 
@@ -76,12 +76,47 @@ pub enum Corpus {
     Import,
 }
 
-/// The split of a piece: a hash of its name, so it never changes. 90 % train, 5 % valid, 5 % test.
-pub fn split_of(piece: &str) -> Split {
-    match hash64(piece) % 100 {
-        0..=89 => Split::Train,
-        90..=94 => Split::Valid,
-        _ => Split::Test,
+/// How many of the pieces of a corpus are held out; the others are for training.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Shares {
+    /// For validation, percent.
+    pub valid_percent: u32,
+    /// For test, percent.
+    pub test_percent: u32,
+}
+
+impl Default for Shares {
+    fn default() -> Self {
+        Self { valid_percent: 5, test_percent: 5 }
+    }
+}
+
+impl Shares {
+    /// Checks that the shares can work; their keys lie under `split`.
+    ///
+    /// # Errors
+    /// If they are more than the whole.
+    pub fn check(&self) -> Result<()> {
+        match self.valid_percent.saturating_add(self.test_percent) {
+            0..=100 => Ok(()),
+            _ => {
+                let valid = self.valid_percent;
+                let most = format!("at most 100 in all, with `split.valid_percent` {valid}");
+                Err(Error::config("split.test_percent", most, self.test_percent))
+            }
+        }
+    }
+
+    /// The split of a piece: by a hash of its name, so it never changes.
+    pub fn split_of(&self, piece: &str) -> Split {
+        let place = hash64(piece) % 100;
+        let test_from = 100 - u64::from(self.test_percent);
+        match place {
+            place if place >= test_from => Split::Test,
+            place if place + u64::from(self.valid_percent) >= test_from => Split::Valid,
+            _ => Split::Train,
+        }
     }
 }
 
@@ -260,7 +295,7 @@ mod tests {
             sample_rate_hz: 16000,
             caption: "a slow air, on solo flute".into(),
             caption_source: CaptionSource::User,
-            split: split_of("x"),
+            split: Shares::default().split_of("x"),
             corpus: Corpus::Import,
             attributes: Map::new(),
         }
@@ -312,10 +347,25 @@ mod tests {
     }
 
     #[test]
-    fn splits_are_fixed_and_near_90_5_5() {
-        let count = |s| (0..10000).filter(|i| split_of(&format!("piece {i}")) == s).count();
-        let (valid, test) = (count(Split::Valid), count(Split::Test));
+    fn splits_are_fixed_and_near_their_shares() {
+        let count =
+            |shares: &Shares, s| (0..10000).filter(|i| shares.split_of(&format!("piece {i}")) == s).count();
+        let shares = Shares::default();
+        let (valid, test) = (count(&shares, Split::Valid), count(&shares, Split::Test));
         assert!((400..600).contains(&valid) && (400..600).contains(&test), "{valid} {test}");
-        assert_eq!(split_of("BeebesHornpipe"), split_of("BeebesHornpipe"));
+        let shares = Shares { valid_percent: 20, test_percent: 0 };
+        let (valid, test) = (count(&shares, Split::Valid), count(&shares, Split::Test));
+        assert!((1800..2200).contains(&valid) && test == 0, "{valid} {test}");
+        let shares = Shares { valid_percent: 60, test_percent: 40 };
+        assert_eq!(count(&shares, Split::Train), 0);
+        // Corpora that exist were split so: it must not change.
+        for piece in (0..1000).map(|i| format!("piece {i}")) {
+            let want = match hash64(&piece) % 100 {
+                0..=89 => Split::Train,
+                90..=94 => Split::Valid,
+                _ => Split::Test,
+            };
+            assert_eq!(Shares::default().split_of(&piece), want, "{piece}");
+        }
     }
 }

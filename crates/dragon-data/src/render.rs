@@ -1,7 +1,7 @@
 //! Corpus "scores": tunes in ABC, arranged, rendered with a soundfont, captioned with what was rendered.
 //!
-//! Rendered at 32 kHz stereo with the synthesiser's reverb and chorus, averaged to mono, resampled to 16 kHz,
-//! brought to -20 LUFS (peak at most 0.9). The same tunes, soundfont and seed give the same bytes, whatever the number
+//! Rendered in stereo with the synthesiser's reverb and chorus at twice the sample rate of the clips, averaged to mono,
+//! resampled, and brought to their loudness. The same tunes, soundfont and seed give the same bytes, whatever the number
 //! of threads; an interrupted run goes on where it stopped.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -17,14 +17,14 @@ use serde_json::{Map, Value, json};
 use crate::abc::{self, Tune};
 use crate::arrange::{Arrangement, arrange};
 use crate::caption::caption;
-use crate::clips::{self, CLIP_S, CLIP_SAMPLES, Refusal, SAMPLE_RATE_HZ};
+use crate::clips::{Form, Refusal};
 use crate::error::{Error, Result};
-use crate::manifest::{CaptionSource, Corpus, Entry, split_of};
+use crate::manifest::{CaptionSource, Corpus, Entry, Shares};
 use crate::rng::{Choices, sha256_hex};
 use crate::store::{Store, slug};
 
-/// Sample rate of the synthesiser, Hz: twice ours, so that its own aliasing stays out of our band.
-const RENDER_HZ: u32 = 32000;
+/// Sample rate of the synthesiser in that of the clips: its own aliasing stays out of their band.
+const OVERSAMPLING: u32 = 2;
 
 /// Version of the arranger: raised whenever the same seed would give other clips.
 const VERSION: u32 = 1;
@@ -42,6 +42,24 @@ pub struct Options {
     pub n_clips: usize,
     /// Seed of all choices.
     pub seed: u64,
+    /// Form of the clips.
+    pub clip: Form,
+    /// Held-out shares of the pieces.
+    pub split: Shares,
+}
+
+impl Options {
+    /// Checks everything that can be checked without reading a file.
+    ///
+    /// # Errors
+    /// If a setting cannot work.
+    pub fn check(&self) -> Result<()> {
+        if self.n_clips == 0 {
+            return Err(Error::config("n_clips", "at least 1", self.n_clips));
+        }
+        self.clip.check()?;
+        self.split.check()
+    }
 }
 
 /// What was rendered.
@@ -72,8 +90,9 @@ struct Piece {
 /// Renders clips. `stop` (a Ctrl-C flag) is looked at between batches; what is done by then is kept and listed.
 ///
 /// # Errors
-/// If tunes or soundfont are missing or unusable, or the folder holds clips of other settings.
+/// If a setting cannot work, tunes or soundfont are missing or unusable, or the folder holds clips of other settings.
 pub fn render(options: &Options, stop: &AtomicBool) -> Result<Summary> {
+    options.check()?;
     let pieces = find_tunes(&options.tunes)?;
     let font_bytes = fs::read(&options.soundfont).map_err(|e| missing(&options.soundfont, "soundfont", e))?;
     let font = SoundFont::new(&mut font_bytes.as_slice()).map_err(|e| Error::Input {
@@ -88,11 +107,13 @@ pub fn render(options: &Options, stop: &AtomicBool) -> Result<Summary> {
         "soundfont": font_name,
         "soundfont_sha256": sha256_hex(&font_bytes),
         "tunes_sha256": tunes_hash(&pieces),
+        "clip": options.clip,
+        "split": options.split,
     });
     drop(font_bytes);
     let font = Arc::new(font);
     fs::create_dir_all(&options.out).map_err(Error::io(&options.out, "created"))?;
-    let store = Store::open(&options.out, "render.json", &settings)?;
+    let store = Store::open(&options.out, "render.json", &settings, &options.clip)?;
 
     let mut summary = Summary::default();
     // (variant, tune): every tune once, then every tune a second time, ...
@@ -165,21 +186,23 @@ fn render_one(
     font: &Arc<SoundFont>,
     font_name: &str,
 ) -> std::result::Result<Entry, Skip> {
+    let form = &options.clip;
     let mut choices = Choices::new(options.seed, id);
     // some choices leave no excerpt in the instrument's range; a few tries find others
-    let arrangement = (0..8)
-        .find_map(|_| arrange(&piece.tune, &mut choices))
-        .ok_or_else(|| Skip::Refused("no excerpt of 5.12 s in the instrument's range".into()))?;
-    let mut samples = synthesise(&arrangement, font).map_err(|e| Skip::Failed(Box::new(e)))?;
-    let gain_db = clips::level(&mut samples).map_err(|why| {
+    let arrangement =
+        (0..8).find_map(|_| arrange(&piece.tune, form.exact_s(), &mut choices)).ok_or_else(|| {
+            Skip::Refused(format!("no excerpt of {} s in the instrument's range", form.exact_s()))
+        })?;
+    let mut samples = synthesise(&arrangement, font, form).map_err(|e| Skip::Failed(Box::new(e)))?;
+    let gain_db = form.level(&mut samples).map_err(|why| {
         Skip::Refused(match why {
             Refusal::Silent => "silent".into(),
             Refusal::Clipped => "clipped".into(),
         })
     })?;
-    let (caption, form) = caption(&arrangement.facts, &mut choices);
+    let (caption, sentence) = caption(&arrangement.facts, &mut choices);
     let path = format!("wav/{}/{id}.wav", piece.collection);
-    clips::store(&options.out.join(&path), samples).map_err(|e| Skip::Failed(Box::new(e)))?;
+    form.store(&options.out.join(&path), samples).map_err(|e| Skip::Failed(Box::new(e)))?;
     let Value::Object(mut attributes) =
         serde_json::to_value(&arrangement.facts).expect("facts are plain fields")
     else {
@@ -189,7 +212,7 @@ fn render_one(
         ("title", json!(piece.tune.title)),
         ("collection", json!(piece.collection)),
         ("variant", json!(variant)),
-        ("caption_form", json!(form)),
+        ("caption_form", json!(sentence)),
         ("gain_db", json!((100.0 * gain_db).round() / 100.0)),
         ("soundfont", json!(font_name)),
     ]
@@ -202,22 +225,23 @@ fn render_one(
         piece: piece.piece.clone(),
         path,
         start_s: (1000.0 * arrangement.start_s).round() / 1000.0,
-        duration_s: CLIP_S,
-        sample_rate_hz: SAMPLE_RATE_HZ,
+        duration_s: form.exact_s(),
+        sample_rate_hz: form.sample_rate_hz,
         caption,
         caption_source: CaptionSource::Score,
-        split: split_of(&piece.piece),
+        split: options.split.split_of(&piece.piece),
         corpus: Corpus::Scores,
         attributes,
     })
 }
 
-/// The sound of an arrangement: [`CLIP_SAMPLES`] mono samples at [`SAMPLE_RATE_HZ`].
+/// The sound of an arrangement: a clip's mono samples, not yet levelled.
 ///
 /// # Errors
 /// If the soundfont cannot be played.
-pub fn synthesise(arrangement: &Arrangement, font: &Arc<SoundFont>) -> Result<Vec<f32>> {
-    let settings = SynthesizerSettings::new(RENDER_HZ as i32);
+pub fn synthesise(arrangement: &Arrangement, font: &Arc<SoundFont>, form: &Form) -> Result<Vec<f32>> {
+    let rate_hz = OVERSAMPLING * form.sample_rate_hz;
+    let settings = SynthesizerSettings::new(rate_hz as i32);
     let mut synth = Synthesizer::new(font, &settings).map_err(|e| Error::Input {
         what: "soundfont",
         path: PathBuf::new(),
@@ -230,9 +254,9 @@ pub fn synthesise(arrangement: &Arrangement, font: &Arc<SoundFont>) -> Result<Ve
         synth.process_midi_message(channel.into(), PROGRAM, program.into(), 0);
         synth.process_midi_message(channel.into(), CONTROL, VOLUME, volume.into());
     }
-    let n = (CLIP_S * f64::from(RENDER_HZ)).round() as usize;
+    let n = OVERSAMPLING as usize * form.n_samples();
     // releases before onsets at the same sample, so that repeated notes sound twice
-    let at = |s: f64| ((s * f64::from(RENDER_HZ)).round() as usize).min(n);
+    let at = |s: f64| ((s * f64::from(rate_hz)).round() as usize).min(n);
     let mut events: Vec<(usize, u8, &crate::arrange::Sounding)> = arrangement
         .notes
         .iter()
@@ -255,8 +279,8 @@ pub fn synthesise(arrangement: &Arrangement, font: &Arc<SoundFont>) -> Result<Ve
     }
     synth.render(&mut left[done..], &mut right[done..]);
     let mono: Vec<f32> = left.iter().zip(&right).map(|(l, r)| 0.5 * (l + r)).collect();
-    let samples = dragon_audio::resample(&mono, RENDER_HZ, SAMPLE_RATE_HZ)?;
-    assert_eq!(samples.len(), CLIP_SAMPLES, "5.12 s is a whole number of samples at both rates");
+    let samples = dragon_audio::resample(&mono, rate_hz, form.sample_rate_hz)?;
+    assert_eq!(samples.len(), form.n_samples(), "twice as many samples at twice the rate");
     Ok(samples)
 }
 

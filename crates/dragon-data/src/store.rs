@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::clips;
+use crate::clips::Form;
 use crate::error::{Error, Result};
-use crate::manifest::Entry;
+use crate::manifest::{Entry, Shares};
 
 /// An output folder that can be gone on with: settings, finished entries, manifest.
 pub(crate) struct Store {
@@ -17,15 +17,22 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    /// Opens or creates the folder; refuses one made with other settings.
-    pub(crate) fn open(out: &Path, settings_name: &str, settings: &Value) -> Result<Store> {
+    /// Opens or creates a folder of clips of one form; refuses one made with other settings.
+    pub(crate) fn open(out: &Path, settings_name: &str, settings: &Value, form: &Form) -> Result<Store> {
+        // What a folder that does not say was made with: these were constants first.
+        let constants = json!({
+            "min_track_s": 25.0,
+            "clip": Form::default(),
+            "split": Shares::default(),
+        });
         let path = out.join(settings_name);
         if path.exists() {
             let text = fs::read_to_string(&path).map_err(Error::io(&path, "read"))?;
             let found: Value = serde_json::from_str(&text).unwrap_or(Value::Null);
             for (key, value) in settings.as_object().expect("settings are an object") {
-                if found.get(key) != Some(value) {
-                    let found = found.get(key).map_or("absent".into(), Value::to_string);
+                let found = found.get(key).or_else(|| constants.get(key));
+                if found != Some(value) {
+                    let found = found.map_or("absent".into(), Value::to_string);
                     let (key, expected) = (key.clone(), value.to_string());
                     return Err(Error::OtherSettings { path: out.to_path_buf(), key, expected, found });
                 }
@@ -39,7 +46,7 @@ impl Store {
         for name in ["manifest.jsonl", "progress.jsonl"] {
             let text = fs::read_to_string(out.join(name)).unwrap_or_default();
             for entry in text.lines().filter_map(|line| serde_json::from_str::<Entry>(line).ok()) {
-                if clips::is_stored(&out.join(&entry.path)) {
+                if form.is_stored(&out.join(&entry.path)) {
                     kept.insert(entry.id.clone(), entry);
                 }
             }

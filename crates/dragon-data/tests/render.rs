@@ -4,8 +4,10 @@ use std::fs;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use dragon_data::clips::Form;
 use dragon_data::render::{Options, Summary, render};
-use dragon_data::{Error, read_manifest};
+
+use dragon_data::{Error, Shares, read_manifest};
 
 /// A soundfont with one looped wave as melodic preset and as drum kit.
 fn soundfont() -> Vec<u8> {
@@ -92,6 +94,8 @@ fn options(dir: &Path, out: &str, n_clips: usize) -> Options {
         out: dir.join(out),
         n_clips,
         seed: 3,
+        clip: Form::default(),
+        split: Shares::default(),
     }
 }
 
@@ -173,7 +177,67 @@ fn a_folder_of_other_settings_is_left_alone() {
     let other = Options { seed: 4, ..options(dir.path(), "out", 2) };
     let error = render(&other, &AtomicBool::new(false)).unwrap_err();
     assert!(error.to_string().contains("`seed` is 3 there, 4 here"), "{error}");
+    let good = options(dir.path(), "out", 2);
+    let other = Options { clip: Form { duration_s: 4.0, ..good.clip.clone() }, ..good.clone() };
+    let error = render(&other, &AtomicBool::new(false)).unwrap_err();
+    assert!(error.to_string().contains("`clip` is {"), "{error}");
     assert!(before == contents(&dir.path().join("out")));
+
+    // a folder from the time when form and shares were constants is gone on with
+    let path = dir.path().join("out/render.json");
+    let mut settings: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    for key in ["clip", "split"] {
+        assert!(settings.as_object_mut().unwrap().remove(key).is_some(), "{settings}");
+    }
+    fs::write(&path, settings.to_string()).unwrap();
+    assert!(render(&other, &AtomicBool::new(false)).is_err());
+    assert_eq!(run(&good, 1).n_kept, 2);
+}
+
+#[test]
+fn clips_take_the_form_that_is_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    inputs(dir.path());
+    let clip = Form { sample_rate_hz: 22050, duration_s: 2.5, ..Form::default() };
+    run(&Options { clip, ..options(dir.path(), "out", 3) }, 1);
+    for entry in read_manifest(&dir.path().join("out/manifest.jsonl")).unwrap() {
+        let clip = dragon_audio::read(&dir.path().join("out").join(&entry.path)).unwrap();
+        assert_eq!((clip.n_samples(), clip.sample_rate_hz), (55125, 22050));
+        assert_eq!((entry.duration_s, entry.sample_rate_hz), (2.5, 22050));
+    }
+}
+
+#[test]
+fn settings_that_cannot_work_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    inputs(dir.path());
+    let good = options(dir.path(), "out", 2);
+    let form = |clip: Form| Options { clip, ..good.clone() };
+    for (bad, part) in [
+        (Options { n_clips: 0, ..good.clone() }, "`n_clips`: expected at least 1, found 0"),
+        (
+            form(Form { sample_rate_hz: 0, ..Form::default() }),
+            "`clip.sample_rate_hz`: expected 8000 to 96000 Hz, found 0",
+        ),
+        (
+            form(Form { duration_s: -1.0, ..Form::default() }),
+            "`clip.duration_s`: expected 0.4 to 600 s, found -1",
+        ),
+        (form(Form { duration_s: f64::NAN, ..Form::default() }), "`clip.duration_s`"),
+        (
+            form(Form { target_lufs: 3.0, ..Form::default() }),
+            "`clip.target_lufs`: expected -70 to 0 LUFS, found 3",
+        ),
+        (form(Form { peak_limit: 0.0, ..Form::default() }), "`clip.peak_limit`"),
+        (
+            Options { split: Shares { valid_percent: 60, test_percent: 41 }, ..good.clone() },
+            "`split.test_percent`: expected at most 100 in all, with `split.valid_percent` 60, found 41",
+        ),
+    ] {
+        let error = render(&bad, &AtomicBool::new(false)).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+    assert!(!dir.path().join("out").exists());
 }
 
 #[test]

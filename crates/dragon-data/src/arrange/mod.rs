@@ -1,5 +1,5 @@
 //! A tune as an arrangement for General MIDI instruments: seeded choices of instrument, accompaniment, tempo,
-//! transposition and register, and the notes of a 5.12 s excerpt that starts at a bar.
+//! transposition and register, and the notes of an excerpt that starts at a bar.
 //!
 //! Reading order: `palette` is what there is to choose from; the arranger is here; `score` holds the notes.
 
@@ -14,7 +14,6 @@ pub use palette::{Accompaniment, ChordStyle, Instrument, PALETTE, Register, Temp
 pub use score::Sounding;
 
 use crate::abc::{Bar, Key, Tune};
-use crate::clips::CLIP_S;
 use crate::rng::Choices;
 use palette::{ACCOMPANIMENTS, CHORD_INSTRUMENTS};
 use score::{BASS, CHORDS, DRONE, KIT, MELODY, Score, harmonise};
@@ -69,8 +68,8 @@ pub struct Arrangement {
     pub start_s: f64,
 }
 
-/// Arranges an excerpt of a regular tune; `None` if the choices leave no excerpt of 5.12 s within the instrument's range.
-pub fn arrange(tune: &Tune, choices: &mut Choices) -> Option<Arrangement> {
+/// Arranges an excerpt of `clip_s` seconds of a regular tune; `None` if the choices leave none within the instrument's range.
+pub fn arrange(tune: &Tune, clip_s: f64, choices: &mut Choices) -> Option<Arrangement> {
     let instrument = choices.pick(&PALETTE);
     let accompaniment = *choices.pick_weighted(&ACCOMPANIMENTS);
     let tempo = *choices.pick_weighted(&[(0.32, Tempo::Slow), (0.36, Tempo::Medium), (0.32, Tempo::Fast)]);
@@ -88,7 +87,7 @@ pub fn arrange(tune: &Tune, choices: &mut Choices) -> Option<Arrangement> {
         })
         .collect();
     let total = starts.last()? + tune.bars.last()?.length;
-    let ticks = (CLIP_S / second_per_tick).ceil() as u32;
+    let ticks = (clip_s / second_per_tick).ceil() as u32;
     let candidates: Vec<usize> = (0..tune.bars.len())
         .filter(|&i| tune.bars[i].length == tune.meter.bar() && starts[i] + ticks <= total)
         .filter(|&i| !tune.bars[i].notes.is_empty())
@@ -126,7 +125,7 @@ pub fn arrange(tune: &Tune, choices: &mut Choices) -> Option<Arrangement> {
         _ => Register::Middle,
     };
 
-    let mut score = Score { notes: Vec::new(), from, second_per_tick };
+    let mut score = Score { notes: Vec::new(), from, second_per_tick, clip_s };
     for (i, bar) in &inside {
         for note in &bar.notes {
             let onset = starts[*i] + note.onset;

@@ -2,7 +2,6 @@
 
 use super::ChordStyle;
 use crate::abc::{Bar, Key, Meter, Mode};
-use crate::clips::CLIP_S;
 
 /// A note for the synthesiser.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -32,6 +31,8 @@ pub(super) struct Score {
     /// Start of the excerpt, ticks.
     pub from: u32,
     pub second_per_tick: f64,
+    /// Length of the excerpt, seconds.
+    pub clip_s: f64,
 }
 
 impl Score {
@@ -41,7 +42,7 @@ impl Score {
             return;
         }
         let on_s = f64::from(onset - self.from) * self.second_per_tick;
-        if on_s < CLIP_S {
+        if on_s < self.clip_s {
             let off_s = on_s + f64::from(length.max(1)) * self.second_per_tick;
             self.notes.push(Sounding { channel, key, velocity, on_s, off_s });
         }

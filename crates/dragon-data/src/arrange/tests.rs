@@ -12,7 +12,7 @@ fn tune(meter: &str) -> Tune {
 
 fn arrangements(meter: &str) -> Vec<Arrangement> {
     let tune = tune(meter);
-    (0..300).filter_map(|i| arrange(&tune, &mut Choices::new(5, &format!("{i}")))).collect()
+    (0..300).filter_map(|i| arrange(&tune, 5.12, &mut Choices::new(5, &format!("{i}")))).collect()
 }
 
 #[test]
@@ -43,7 +43,7 @@ fn facts_agree_with_the_notes() {
             );
             assert!(notes.iter().all(|n| channels.iter().any(|(c, ..)| *c == n.channel)));
             assert_eq!(facts.chord_instrument.is_some(), chords);
-            assert!(notes.iter().all(|n| (0.0..CLIP_S).contains(&n.on_s) && n.off_s > n.on_s));
+            assert!(notes.iter().all(|n| (0.0..5.12).contains(&n.on_s) && n.off_s > n.on_s));
         }
     }
 }

@@ -4,8 +4,8 @@
 //! The tune collections come inside the PyPI wheel of music21, downloaded with `pip download`. Versions and SHA-256 of
 //! every package and track go to `sources.json`. Licences are those that the packages declare; the music stays local.
 //!
-//! Recordings are mixed to mono, resampled to 16 kHz, cut into 5.12 s clips spread evenly over all tracks, and brought
-//! to -20 LUFS (peak at most 0.9). Captions are put together from titles, comments and folders: they describe the
+//! Recordings are mixed to mono, resampled, cut into clips spread evenly over all tracks, and brought to one loudness.
+//! Captions are put together from titles, comments and folders: they describe the
 //! track, not the excerpt. One measured word (bright or dark sounding, by spectral centroid) is about the excerpt.
 //!
 //! Reading order: what is fetched and how tracks are cut is here; `tracks` lists the packages and finds the music in
@@ -24,9 +24,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
-use crate::clips::{self, CLIP_S, CLIP_SAMPLES, Refusal, SAMPLE_RATE_HZ};
+use crate::clips::{Form, Refusal};
 use crate::error::{Error, Result};
-use crate::manifest::{CaptionSource, Corpus, Entry, split_of};
+use crate::manifest::{CaptionSource, Corpus, Entry, Shares};
 use crate::rng::Choices;
 use crate::store::Store;
 use caption::caption;
@@ -35,9 +35,6 @@ use tracks::{PACKAGES, Track, find_tracks, is_excluded};
 
 /// Version of the cutting and the captions: raised whenever the same seed would give other clips.
 const VERSION: u32 = 2;
-
-/// Tracks shorter than this are signals and stings, not music, seconds.
-const MIN_TRACK_S: f64 = 25.0;
 
 /// The package with the default soundfont (FluidR3, MIT) and its file.
 const SOUNDFONT: (&str, &str) = ("fluid-soundfont-gm", "FluidR3_GM.sf2");
@@ -56,6 +53,29 @@ pub struct Options {
     pub n_clips: usize,
     /// Seed of where clips start and how captions are worded.
     pub seed: u64,
+    /// Tracks shorter than this are left out, seconds: they are signals and stings, not music.
+    pub min_track_s: f64,
+    /// Form of the clips.
+    pub clip: Form,
+    /// Held-out shares of the pieces.
+    pub split: Shares,
+}
+
+impl Options {
+    /// Checks everything that can be checked without reading a file.
+    ///
+    /// # Errors
+    /// If a setting cannot work.
+    pub fn check(&self) -> Result<()> {
+        if self.n_clips == 0 {
+            return Err(Error::config("n_clips", "at least 1", self.n_clips));
+        }
+        if !(self.min_track_s.is_finite() && self.min_track_s >= 0.0) {
+            return Err(Error::config("min_track_s", "a number of at least 0", self.min_track_s));
+        }
+        self.clip.check()?;
+        self.split.check()
+    }
 }
 
 /// What was fetched.
@@ -121,8 +141,10 @@ pub fn score_inputs(cache: &Path) -> Result<ScoreInputs> {
 /// between tracks; what is done by then is kept and listed.
 ///
 /// # Errors
-/// If a program is missing or fails, the disk is full, or the folder holds clips of other settings.
+/// If a setting cannot work, a program is missing or fails, the disk is full, or the folder holds clips of other settings.
 pub fn recordings(options: &Options, stop: &AtomicBool) -> Result<Summary> {
+    options.check()?;
+    let min_track_s = options.min_track_s;
     let mut packages = Vec::new();
     let mut tracks: Vec<Track> = Vec::new();
     for package in &PACKAGES {
@@ -140,9 +162,12 @@ pub fn recordings(options: &Options, stop: &AtomicBool) -> Result<Summary> {
         "seed": options.seed,
         "n_clips": options.n_clips,
         "packages": packages,
+        "min_track_s": min_track_s,
+        "clip": options.clip,
+        "split": options.split,
     });
     fs::create_dir_all(&options.out).map_err(Error::io(&options.out, "created"))?;
-    let store = Store::open(&options.out, "fetch.json", &settings)?;
+    let store = Store::open(&options.out, "fetch.json", &settings, &options.clip)?;
 
     let mut summary = Summary::default();
     let mut sources: Vec<Value> = Vec::new();
@@ -159,7 +184,7 @@ pub fn recordings(options: &Options, stop: &AtomicBool) -> Result<Summary> {
                 tracing::warn!("track left out: {e}");
                 Some(e.to_string().lines().next().unwrap_or("").to_string())
             }
-            (Ok(s), _) if *s < MIN_TRACK_S => Some(format!("shorter than {MIN_TRACK_S} s")),
+            (Ok(s), _) if *s < min_track_s => Some(format!("shorter than {min_track_s} s")),
             _ => None,
         };
         let duration = duration.unwrap_or(0.0);
@@ -199,7 +224,13 @@ pub fn recordings(options: &Options, stop: &AtomicBool) -> Result<Summary> {
             .par_iter()
             .map(|(track, duration_s)| {
                 let n = (options.n_clips as f64 * duration_s / total_s).round().max(1.0) as usize;
-                cut(track, *duration_s, n.min((duration_s / CLIP_S) as usize), options, &store)
+                cut(
+                    track,
+                    *duration_s,
+                    n.min((duration_s / options.clip.exact_s()) as usize),
+                    options,
+                    &store,
+                )
             })
             .collect();
         let mut fresh = Vec::new();
@@ -240,20 +271,22 @@ struct Cut {
 
 /// Cuts `n` clips, one from each `n`th of the track.
 fn cut(track: &Track, duration_s: f64, n: usize, options: &Options, store: &Store) -> Result<Cut> {
+    let form = &options.clip;
+    let rate_hz = form.sample_rate_hz;
     let plan: Vec<(String, f64)> = (0..n)
         .map(|k| {
             let id = format!("{}-{k:03}", track.id);
             let part_s = duration_s / n as f64;
-            let slack_s = (part_s - CLIP_S).max(0.0);
+            let slack_s = (part_s - form.exact_s()).max(0.0);
             let start_s = k as f64 * part_s + slack_s * Choices::new(options.seed, &id).uniform();
-            (id, (start_s.min(duration_s - CLIP_S) * 1000.0).floor() / 1000.0)
+            (id, (start_s.min(duration_s - form.exact_s()) * 1000.0).floor() / 1000.0)
         })
         .collect();
     let kept: Vec<&Entry> = plan.iter().filter_map(|(id, _)| store.kept(id)).collect();
     if kept.len() == n {
         return Ok(Cut { entries: kept.into_iter().cloned().collect(), refused: Vec::new(), n_kept: n });
     }
-    let audio = match dragon_audio::read_mono(&track.path, SAMPLE_RATE_HZ) {
+    let audio = match dragon_audio::read_mono(&track.path, rate_hz) {
         Ok(audio) => audio,
         Err(error) => {
             tracing::warn!("track left out: {error}");
@@ -267,13 +300,13 @@ fn cut(track: &Track, duration_s: f64, n: usize, options: &Options, store: &Stor
             cut.n_kept += 1;
             continue;
         }
-        let from = (start_s * f64::from(SAMPLE_RATE_HZ)) as usize;
-        let Some(samples) = audio.samples.get(from..from + CLIP_SAMPLES) else {
+        let from = (start_s * f64::from(rate_hz)) as usize;
+        let Some(samples) = audio.samples.get(from..from + form.n_samples()) else {
             cut.refused.push("beyond the end");
             continue;
         };
         let mut samples = samples.to_vec();
-        let gain_db = match clips::level(&mut samples) {
+        let gain_db = match form.level(&mut samples) {
             Ok(gain_db) => gain_db,
             Err(Refusal::Silent) => {
                 cut.refused.push("silent");
@@ -284,11 +317,11 @@ fn cut(track: &Track, duration_s: f64, n: usize, options: &Options, store: &Stor
                 continue;
             }
         };
-        let centroid_hz = dragon_audio::spectral_centroid_hz(&samples, SAMPLE_RATE_HZ).round();
+        let centroid_hz = dragon_audio::spectral_centroid_hz(&samples, rate_hz).round();
         let mut choices = Choices::new(options.seed, &format!("{id}/caption"));
         let (caption, facts) = caption(track, centroid_hz, &mut choices);
         let path = format!("wav/{}/{id}.wav", track.package.name);
-        clips::store(&options.out.join(&path), samples)?;
+        form.store(&options.out.join(&path), samples)?;
         let mut attributes = facts;
         attributes.insert("package".into(), json!(track.package.name));
         attributes.insert("file".into(), json!(track.path.file_name().unwrap_or_default().to_string_lossy()));
@@ -301,11 +334,11 @@ fn cut(track: &Track, duration_s: f64, n: usize, options: &Options, store: &Stor
             piece: track.piece.clone(),
             path,
             start_s,
-            duration_s: CLIP_S,
-            sample_rate_hz: SAMPLE_RATE_HZ,
+            duration_s: form.exact_s(),
+            sample_rate_hz: rate_hz,
             caption,
             caption_source: CaptionSource::Metadata,
-            split: split_of(&track.piece),
+            split: options.split.split_of(&track.piece),
             corpus: Corpus::Recordings,
             attributes,
         });
