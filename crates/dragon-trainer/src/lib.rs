@@ -2,8 +2,8 @@
 //!
 //! Read in this order: [`finetune`] (the DRAGON loop), [`losses`] (what it learns from D+ and D-), [`rollout`] and
 //! [`embedder`] (from prompts to what a reward sees), [`bundle`] (model folders); [`pretrain`] (the
-//! [`pretrain::Task`] trait and the loop all trainings share), [`run`] and [`checkpoint`] (run folders, exact resume),
-//! [`tensorboard`]; [`eval`] with [`report`], [`card`], [`generate`], [`embed`]; [`mod@bench`] (how fast the parts are).
+//! [`pretrain::Task`] trait and the loop all trainings share), [`run`], [`inputs`] and [`checkpoint`] (run folders, the
+//! files that a run reads, exact resume), [`tensorboard`]; [`eval`] with [`report`], [`card`], [`generate`], [`embed`]; [`mod@bench`] (how fast the parts are).
 
 pub mod bench;
 pub mod bundle;
@@ -16,6 +16,7 @@ pub mod error;
 pub mod eval;
 pub mod finetune;
 pub mod generate;
+pub mod inputs;
 pub mod losses;
 pub mod pack;
 pub mod pretrain;

@@ -1,7 +1,7 @@
 //! The folder of a run: lock, `run.toml`, `metrics.jsonl`, TensorBoard events, progress on stderr.
 //!
 //! ```text
-//! out/run.toml          resolved config, seed, versions, commit, command
+//! out/run.toml          resolved config, hashes of the files that it names (fine-tuning), seed, versions, commit, command
 //! out/metrics.jsonl     one line a step; no times in it, so that two equal runs write equal bytes
 //! out/events.out.tfevents.*   the same numbers for TensorBoard
 //! out/checkpoints/step-000120/
@@ -119,7 +119,8 @@ impl RunFolder {
     /// one run; nothing else may.
     ///
     /// # Errors
-    /// If another run holds the folder, if it holds a run and `resume` is off, or if the config differs.
+    /// If another run holds the folder, if it holds a run and `resume` is off, or if the config or the contents of the
+    /// files that it names differ.
     pub fn open<C: Serialize>(ctx: &RunContext, kind: &str, config: &C) -> Result<Self> {
         let dir = ctx.out_dir.clone();
         let created = !dir.exists();
@@ -284,6 +285,9 @@ fn lock(dir: &Path) -> Result<File> {
     if fs::read_to_string(&path).is_ok_and(|text| text == pid) { Ok(file) } else { lock(dir) }
 }
 
+/// The table of a config that holds the hashes of what the run reads ([`crate::inputs`]), if its command notes them.
+pub(crate) const INPUTS: &str = "inputs_sha256";
+
 fn config_hash(kind: &str, config: &toml::Table) -> Result<String> {
     let mut config = config.clone();
     config.remove("run");
@@ -313,12 +317,36 @@ fn check_same(run_toml: &Path, kind: &str, config: &toml::Table) -> Result<()> {
         )));
     }
     let empty = toml::Table::new();
-    let old = old.get("config").and_then(|c| c.as_table()).unwrap_or(&empty);
+    let (mut old, mut new) =
+        (old.get("config").and_then(|c| c.as_table()).unwrap_or(&empty).clone(), config.clone());
+    let (old_inputs, new_inputs) = (old.remove(INPUTS), new.remove(INPUTS));
+    if old_inputs.is_none() && new_inputs.is_some() {
+        return Err(resume(
+            "it was begun by an older version, which did not note the contents of all files that it reads\nhint: start again in another folder with --out; what it learned so far is in its folder `model/`"
+                .to_owned(),
+        ));
+    }
     let mut differences = Vec::new();
-    compare("", old, config, &mut differences);
+    compare("", &old, &new, &mut differences);
     differences.retain(|line| !line.trim_start().starts_with("run."));
     if differences.is_empty() {
-        return Ok(());
+        let table = |inputs: Option<toml::Value>| match inputs {
+            Some(toml::Value::Table(table)) => table,
+            _ => toml::Table::new(),
+        };
+        let (old, new) = (table(old_inputs), table(new_inputs));
+        let changed: Vec<String> = new
+            .iter()
+            .filter(|(name, hash)| old.get(*name) != Some(*hash))
+            .map(|(name, _)| format!("  {name}"))
+            .collect();
+        if changed.is_empty() {
+            return Ok(());
+        }
+        return Err(resume(format!(
+            "files that it reads have other contents than when it began\n{}\nhint: bring them back, or start again in another folder with --out",
+            changed.join("\n")
+        )));
     }
     Err(resume(format!(
         "its config differs\n{}\nhint: use the config of the run (only `run.*` may change), or give another folder with --out",

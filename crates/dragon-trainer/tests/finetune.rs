@@ -171,6 +171,51 @@ fn a_diverging_run_stops_with_step_and_checkpoint() {
 }
 
 #[test]
+fn a_run_does_not_continue_with_other_files_of_the_same_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cfg = tiny_bundle(&bundle_in(&dir));
+    cfg.run.steps = 1;
+    let out = dir.path().join("run");
+    run(&cfg, &RunContext::new(&out)).unwrap();
+    cfg.run.steps = 2;
+    let resume = || run(&cfg, &RunContext { resume: true, ..RunContext::new(&out) });
+    let statistics = format!("reward.exemplars: {}", cfg.bundle.join("stats/latents.npz").display());
+    for (file, name) in [
+        ("prompts.jsonl", "prompts"),
+        ("bundle.json", "bundle: bundle.json"),
+        ("dit/model.safetensors", "bundle: dit"),
+        ("vae/model.safetensors", "bundle: vae"),
+        ("vae/config.json", "bundle: vae"),
+        ("t5/model.safetensors", "bundle: t5"),
+        ("t5/tokenizer.json", "bundle: t5"),
+        ("stats/latents.npz", statistics.as_str()),
+    ] {
+        let path = cfg.bundle.join(file);
+        let good = std::fs::read(&path).unwrap();
+        std::fs::write(&path, [&good[..], b" "].concat()).unwrap();
+        let err = resume().unwrap_err();
+        let text = err.to_string();
+        let want = format!("files that it reads have other contents than when it began\n  {name}\nhint:");
+        assert!(text.contains(&want) && err.exit_code() == 1, "{file}: {text}");
+        std::fs::write(&path, good).unwrap();
+    }
+
+    // A run from the time when the base weights alone were noted.
+    let path = out.join("run.toml");
+    let noted = std::fs::read_to_string(&path).unwrap();
+    let mut old: toml::Table = noted.parse().unwrap();
+    let config = old["config"].as_table_mut().unwrap();
+    config.remove("inputs_sha256").unwrap();
+    config.insert("base_sha256".into(), "00".into());
+    std::fs::write(&path, old.to_string()).unwrap();
+    let text = resume().unwrap_err().to_string();
+    assert!(text.contains("begun by an older version") && text.contains("--out"), "{text}");
+
+    std::fs::write(&path, noted).unwrap();
+    assert_eq!(resume().unwrap().steps_done, 2);
+}
+
+#[test]
 fn mistakes_are_named_before_any_work() {
     let dir = tempfile::tempdir().unwrap();
     let good = tiny_bundle(&bundle_in(&dir));

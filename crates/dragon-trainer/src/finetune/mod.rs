@@ -26,6 +26,7 @@ pub use config::{DemonstrationsConfig, FinetuneConfig, RolloutConfig, UpdateConf
 use crate::bundle::{self, Bundle, Prompt, Split};
 use crate::embedder::Embedder;
 use crate::error::{Error, Result};
+use crate::inputs::Inputs;
 use crate::pretrain::{self, Outcome, Task};
 use crate::rollout::{self, TextCache};
 use crate::run::RunContext;
@@ -43,7 +44,7 @@ pub fn run(cfg: &FinetuneConfig, ctx: &RunContext) -> Result<Outcome> {
         _ => bundle::prompts_of(&cfg.prompts, Split::Valid, cfg.validation.n_prompts)?,
     };
     // The lock and the refusal to overwrite a run come before any weight is read.
-    let resolved = Resolved { base: base_sha256(&cfg.bundle)?, config: cfg };
+    let resolved = Resolved { inputs: inputs_of(cfg)?, config: cfg };
     let mut folder = crate::run::RunFolder::open(ctx, "finetune", &resolved)?;
     let bundle = Bundle::load(&cfg.bundle, &ctx.device)?;
     let sources: Vec<_> = cfg.watched().chain([&cfg.reward]).flat_map(|reward| reward.sources()).collect();
@@ -58,25 +59,27 @@ pub fn run(cfg: &FinetuneConfig, ctx: &RunContext) -> Result<Outcome> {
     pretrain::run_in(&mut folder, &mut task, &cfg.run, cfg.seed, ctx)
 }
 
-/// What goes to `run.toml`: the config, and which base weights it started from.
+/// What goes to `run.toml`: the config, and what is in the files that it names.
 struct Resolved<'a> {
-    base: String,
+    inputs: Inputs,
     config: &'a FinetuneConfig,
 }
 
 impl Serialize for Resolved<'_> {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
         let mut table = toml::Table::try_from(self.config).map_err(serde::ser::Error::custom)?;
-        table.insert("base_sha256".to_owned(), self.base.clone().into());
+        table.insert(crate::run::INPUTS.to_owned(), self.inputs.to_table().into());
         table.serialize(serializer)
     }
 }
 
-fn base_sha256(bundle: &Path) -> Result<String> {
-    use sha2::{Digest, Sha256};
-    let path = bundle.join("dit/model.safetensors");
-    let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
-    Ok(crate::run::hex(&Sha256::digest(&bytes)))
+/// Every file that a run reads.
+fn inputs_of(cfg: &FinetuneConfig) -> Result<Inputs> {
+    let mut inputs = Inputs::default();
+    inputs.add_bundle(&cfg.bundle)?;
+    inputs.add("prompts", std::slice::from_ref(&cfg.prompts))?;
+    inputs.add_reward(&cfg.reward, &cfg.embed)?;
+    Ok(inputs)
 }
 
 /// Fine-tuning as a task of the common loop.

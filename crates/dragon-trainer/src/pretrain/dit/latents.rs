@@ -1,22 +1,24 @@
 //! Clips as latents, encoded once and kept in a cache.
 //!
-//! A part of the cache is a file of [`SHARD_CLIPS`] clips' latents, named by a hash of the VAE's two files, the number of
-//! frames and the clips' names, so trainings that differ in the DiT only share it. Audio that changes under the same name
-//! is not noticed.
+//! A part of the cache is a file of [`SHARD_CLIPS`] clips' latents, named by a hash of what they depend on: the contents of
+//! the VAE's two files and of the clips' audio, and the number of frames. Trainings that differ in the DiT only share it,
+//! clips may change their names, and what changes under the same name is encoded anew.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use dragon_data::manifest::Entry;
 use dragon_nn::write_safetensors;
 use dragon_vae::AudioVae;
+use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::super::check_rate;
 use super::DataConfig;
 use crate::embed::read_song;
 use crate::error::{Error, Result};
+use crate::inputs::sha256;
 use crate::run::{RunContext, hex};
 
 /// Latents with captions.
@@ -71,12 +73,7 @@ pub fn latents(cfg: &DataConfig, entries: &[&Entry], device: &Device, ctx: &RunC
             hint: "`dragon pretrain vae` measures them at its end".into(),
         });
     }
-    let mut vae_hash = Sha256::new();
-    for file in ["config.json", "model.safetensors"] {
-        let path = cfg.vae.join(file);
-        vae_hash.update(std::fs::read(&path).map_err(Error::io("read", &path))?);
-    }
-    let vae_hash = hex(&vae_hash.finalize());
+    let vae_hash = sha256(&["config.json", "model.safetensors"].map(|file| cfg.vae.join(file)))?;
     std::fs::create_dir_all(&cfg.cache).map_err(Error::io("create", &cfg.cache))?;
     let folder = cfg.manifest.parent().unwrap_or(Path::new("."));
     let rate = vae_config.sample_rate_hz;
@@ -91,11 +88,11 @@ pub fn latents(cfg: &DataConfig, entries: &[&Entry], device: &Device, ctx: &RunC
                 hint: "what is encoded is kept; start again to go on".into(),
             });
         }
+        let audio: Vec<PathBuf> = clips.iter().map(|clip| folder.join(&clip.path)).collect();
+        let audio: Vec<String> =
+            audio.par_iter().map(|path| sha256(std::slice::from_ref(path))).collect::<Result<_>>()?;
         let mut key = Sha256::new();
-        key.update(format!("{vae_hash} {}", cfg.n_frames));
-        for clip in clips {
-            key.update(format!("\n{} {} {}", clip.id, clip.path, clip.start_s));
-        }
+        key.update(format!("{vae_hash} {}\n{}", cfg.n_frames, audio.join("\n")));
         let path = cfg.cache.join(format!("latents-{}.safetensors", &hex(&key.finalize())[..24]));
         if !path.exists() {
             let tensor = encode_clips(&vae, folder, cfg.n_frames, clips, device)?;
@@ -150,4 +147,86 @@ fn encode_clips(
         parts.push(vae.encode_normalized(&audio)?.detach().to_device(&Device::Cpu)?);
     }
     Ok(Tensor::cat(&parts, 0)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use dragon_audio::{Clip, SampleFormat, write_wav};
+    use dragon_data::{CaptionSource, Corpus, Split};
+    use dragon_nn::Params;
+
+    use super::*;
+
+    fn write_vae(dir: &Path, seed: u64) {
+        let config = dragon_vae::Config {
+            latent_mean: vec![0.0; 4],
+            latent_std: vec![1.0; 4],
+            ..dragon_vae::Config::tiny()
+        };
+        let params = Params::new(seed);
+        AudioVae::new(&config, params.builder(DType::F32, &Device::Cpu)).unwrap();
+        dragon_vae::vae::save(dir, &config, &params.tensors().unwrap()).unwrap();
+    }
+
+    fn write_tone(path: &Path, step: f32) {
+        let samples = (0..200).map(|i| 0.3 * (i as f32 * step).sin()).collect();
+        write_wav(path, &Clip { samples, sample_rate_hz: 1000 }, SampleFormat::Int16).unwrap();
+    }
+
+    fn entry(name: &str) -> Entry {
+        Entry {
+            id: name.into(),
+            piece: name.into(),
+            path: format!("{name}.wav"),
+            start_s: 0.0,
+            duration_s: 0.2,
+            sample_rate_hz: 1000,
+            caption: "a tone".into(),
+            caption_source: CaptionSource::User,
+            split: Split::Train,
+            corpus: Corpus::Import,
+            attributes: Default::default(),
+        }
+    }
+
+    #[test]
+    fn the_cache_notices_other_audio_and_another_vae_under_the_same_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        let cfg = DataConfig {
+            manifest: dir.join("manifest.jsonl"),
+            vae: dir.join("vae"),
+            cache: dir.join("cache"),
+            n_frames: 16,
+            max_tokens: 8,
+            valid_clips: 1,
+        };
+        write_vae(&cfg.vae, 1);
+        for (name, step) in [("a", 0.1), ("b", 0.2)] {
+            write_tone(&dir.join(name).with_extension("wav"), step);
+        }
+        let of = |names: &[&str], cfg: &DataConfig| {
+            let entries: Vec<Entry> = names.iter().map(|name| entry(name)).collect();
+            let entries: Vec<&Entry> = entries.iter().collect();
+            latents(cfg, &entries, &Device::Cpu, &RunContext::new(dir)).unwrap().latents
+        };
+        let n_cached = || std::fs::read_dir(dir.join("cache")).unwrap().count();
+        let first = of(&["a", "b"], &cfg);
+        assert_eq!((of(&["a", "b"], &cfg) == first, n_cached()), (true, 1));
+
+        std::fs::copy(dir.join("a.wav"), dir.join("c.wav")).unwrap();
+        assert_eq!((of(&["c", "b"], &cfg) == first, n_cached()), (true, 1), "a name changes nothing");
+
+        write_tone(&dir.join("a.wav"), 0.3);
+        let second = of(&["a", "b"], &cfg);
+        let half = first.len() / 2;
+        assert!(second[..half] != first[..half] && second[half..] == first[half..]);
+
+        write_vae(&cfg.vae, 2);
+        let third = of(&["a", "b"], &cfg);
+        assert!(third[..half] != second[..half] && third[half..] != second[half..]);
+        assert_eq!(n_cached(), 3);
+        let short = DataConfig { n_frames: 8, ..cfg.clone() };
+        assert_eq!((of(&["a", "b"], &short).len(), n_cached()), (half, 4));
+    }
 }

@@ -1,0 +1,169 @@
+//! Which files a run reads, as hashes: they stand in `run.toml` with the config, so that a run that is continued with
+//! other files, of the same names or not, is refused.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use dragon_rewards::{Exemplars, RewardConfig};
+use sha2::{Digest, Sha256};
+
+use crate::embed;
+use crate::embedder::{EmbedConfig, EncoderConfig};
+use crate::error::{Error, Result};
+use crate::run::hex;
+
+/// Files of a model's folder, weights first: what is missing is best said by them.
+const MODEL: [&str; 2] = ["model.safetensors", "config.json"];
+/// The same of a model that reads text.
+const TEXT_MODEL: [&str; 3] = ["model.safetensors", "config.json", "tokenizer.json"];
+
+/// SHA-256 of each of the things that a run reads.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Inputs(BTreeMap<String, String>);
+
+impl Inputs {
+    /// Adds one thing under the config key that names it (and what it is, if a key names several things).
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn add(&mut self, name: impl Into<String>, files: &[PathBuf]) -> Result<()> {
+        self.0.insert(name.into(), sha256(files)?);
+        Ok(())
+    }
+
+    /// Adds the parts of a model folder.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn add_bundle(&mut self, dir: &Path) -> Result<()> {
+        self.add("bundle: dit", &inside(&dir.join("dit"), &MODEL))?;
+        self.add("bundle: vae", &inside(&dir.join("vae"), &MODEL))?;
+        self.add("bundle: t5", &inside(&dir.join("t5"), &TEXT_MODEL))?;
+        self.add("bundle: bundle.json", &[dir.join("bundle.json")])
+    }
+
+    /// Adds the encoders that rewards name, and their exemplars.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn add_reward(&mut self, reward: &RewardConfig, embed: &EmbedConfig) -> Result<()> {
+        for source in reward.sources() {
+            let name = format!("embed.encoders.{}", source.encoder);
+            match embed.encoders.get(&source.encoder) {
+                Some(EncoderConfig::Musicnn { weights }) => self.add(name, std::slice::from_ref(weights))?,
+                Some(EncoderConfig::Clap { dir }) => self.add(name, &inside(dir, &TEXT_MODEL))?,
+                // The model folder's VAE; an unknown name is refused when the encoders are loaded.
+                Some(EncoderConfig::Vae) | None => {}
+            }
+        }
+        for (_, exemplars) in reward.references() {
+            let (path, files) = match exemplars {
+                Exemplars::Audio { path } => (path.clone(), embed::audio_files(&path)?),
+                Exemplars::Texts { path } | Exemplars::Statistics { path, .. } => (path.clone(), vec![path]),
+            };
+            self.add(format!("reward.exemplars: {}", path.display()), &files)?;
+        }
+        Ok(())
+    }
+
+    /// The hashes as a table.
+    pub fn to_table(&self) -> toml::Table {
+        self.0.iter().map(|(name, hash)| (name.clone(), hash.clone().into())).collect()
+    }
+}
+
+fn inside(dir: &Path, names: &[&str]) -> Vec<PathBuf> {
+    names.iter().map(|name| dir.join(name)).collect()
+}
+
+/// SHA-256 of the contents of files in their order, in hex; names do not count.
+///
+/// # Errors
+/// If a file cannot be read.
+pub fn sha256(files: &[PathBuf]) -> Result<String> {
+    let mut all = Sha256::new();
+    for path in files {
+        let mut one = Sha256::new();
+        File::open(path)
+            .and_then(|mut file| std::io::copy(&mut file, &mut one))
+            .map_err(Error::io("read", path))?;
+        all.update(one.finalize());
+    }
+    Ok(hex(&all.finalize()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hash_tells_contents_and_their_order_but_no_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let (a, b, c) = (file("a", "1"), file("b", "2"), file("c", "1"));
+        let of = |files: &[&PathBuf]| sha256(&files.iter().map(|f| f.to_path_buf()).collect::<Vec<_>>());
+        assert_eq!(of(&[&a, &b]).unwrap(), of(&[&c, &b]).unwrap());
+        assert_ne!(of(&[&a, &b]).unwrap(), of(&[&b, &a]).unwrap());
+        // Where one file ends and the next begins counts.
+        let (whole, empty) = (file("d", "12"), file("e", ""));
+        assert_ne!(of(&[&a, &b]).unwrap(), of(&[&whole, &empty]).unwrap());
+        let err = of(&[&dir.path().join("gone")]).unwrap_err();
+        assert!(err.to_string().contains("gone") && err.exit_code() == 1, "{err}");
+    }
+
+    #[test]
+    fn the_encoders_and_exemplars_of_a_reward_are_noted_each() {
+        let dir = tempfile::tempdir().unwrap();
+        let clap = dir.path().join("clap");
+        std::fs::create_dir(&clap).unwrap();
+        let files = [
+            "musicnn.safetensors",
+            "clap/model.safetensors",
+            "clap/config.json",
+            "clap/tokenizer.json",
+            "texts.txt",
+        ];
+        for file in files {
+            std::fs::write(dir.path().join(file), "1").unwrap();
+        }
+        let at = |name: &str| format!("'{}'", dir.path().join(name).display());
+        let embed = toml::from_str(&format!(
+            "[encoders.musicnn]\nkind='musicnn'\nweights={}\n[encoders.clap]\nkind='clap'\ndir={}\n[settings.ma]\nkind='ma'\nn_windows=8\nwhole=true",
+            at("musicnn.safetensors"),
+            at("clap")
+        ))
+        .unwrap();
+        let reward = toml::from_str(&format!(
+            "kind='random_mix'\n[[rewards]]\nkind='vendi'\nencoder='musicnn'\nsetting='ma'\npooling='windows'\n\
+             [[rewards]]\nkind='per_song_fad'\nencoder='clap'\nsetting='ma'\nexemplars={{kind='texts', path={}}}",
+            at("texts.txt")
+        ))
+        .unwrap();
+        let noted = || {
+            let mut inputs = Inputs::default();
+            inputs.add_reward(&reward, &embed).unwrap();
+            inputs.to_table()
+        };
+        let before = noted();
+        let texts = format!("reward.exemplars: {}", dir.path().join("texts.txt").display());
+        let names = [
+            "embed.encoders.musicnn",
+            "embed.encoders.clap",
+            "embed.encoders.clap",
+            "embed.encoders.clap",
+            &texts,
+        ];
+        for (file, name) in files.into_iter().zip(names) {
+            std::fs::write(dir.path().join(file), "2").unwrap();
+            let after = noted();
+            let changed: Vec<&String> = after.keys().filter(|key| after[*key] != before[*key]).collect();
+            assert_eq!(changed, [name], "{file}");
+            std::fs::write(dir.path().join(file), "1").unwrap();
+        }
+    }
+}
