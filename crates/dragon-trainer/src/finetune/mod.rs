@@ -78,7 +78,9 @@ fn inputs_of(cfg: &FinetuneConfig) -> Result<Inputs> {
     let mut inputs = Inputs::default();
     inputs.add_bundle(&cfg.bundle)?;
     inputs.add("prompts", std::slice::from_ref(&cfg.prompts))?;
-    inputs.add_reward(&cfg.reward, &cfg.embed)?;
+    for reward in cfg.watched().chain([&cfg.reward]) {
+        inputs.add_reward(reward, &cfg.embed)?;
+    }
     Ok(inputs)
 }
 
