@@ -101,8 +101,8 @@ pub fn known(cfg: &EvalConfig, dir: &Path) -> Result<Option<Summary>> {
 }
 
 fn inputs_sha256(cfg: &EvalConfig) -> Result<String> {
-    // Where the weights lie changes nothing.
-    let config = EvalConfig { tuned: PathBuf::new(), ..cfg.clone() };
+    // Where the weights lie and how many songs are sampled at a time change no number.
+    let config = EvalConfig { tuned: PathBuf::new(), batch: 0, ..cfg.clone() };
     let config = serde_json::to_vec(&config).map_err(|err| Error::Bug(err.to_string()))?;
     let path = tuned_dir(&cfg.tuned)?.join("model.safetensors");
     let weights = std::fs::read(&path).map_err(Error::io("read", &path))?;
