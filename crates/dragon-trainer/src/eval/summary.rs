@@ -56,7 +56,7 @@ impl MetricResult {
     /// Whether the tuned model is better; `None` where the interval holds 0.
     pub fn verdict(&self) -> Option<bool> {
         let (low, high) = self.difference_95;
-        (low > 0.0 || high < 0.0).then(|| (low > 0.0) != self.lower_is_better)
+        (low > 0.0 || high < 0.0).then_some((low > 0.0) != self.lower_is_better)
     }
 }
 
