@@ -20,7 +20,8 @@ Checks and measurements:
                        --write renews it
 
 Everything else is a command of `dragon`, built in release and started with the same arguments:
-  data, pretrain, generate, embed, finetune, eval, bench, …      `cargo xtask help` lists them";
+  data, pretrain, generate, embed, finetune, eval, bench, …      `cargo xtask help` lists them
+  with --device cuda it is built with CUDA, which takes the CUDA toolkit (nvcc)";
 
 fn main() -> ExitCode {
     match run() {
@@ -101,15 +102,29 @@ fn test(root: &Path) -> Result<()> {
     step("tests", cargo(root).args(["test", "--release", "--workspace", "--locked"]))
 }
 
-/// Builds `dragon` and hands over to it; its exit code is ours.
+/// Builds `dragon`, with CUDA if the arguments ask for it, and hands over to it; its exit code is ours.
 fn dragon(root: &Path, args: &[String]) -> Result<ExitCode> {
+    let cuda = wants_cuda(args);
     let mut build = cargo(root);
     build.args(["build", "--release", "--quiet", "--package", "dragon-cli"]);
+    if cuda {
+        build.args(["--features", "cuda"]);
+    }
     if !build.status().context("cannot start cargo")?.success() {
+        if cuda {
+            bail!(
+                "`dragon` does not build with CUDA\n\
+                 hint: it needs the CUDA toolkit: nvcc on the PATH, CUDA_HOME; without a GPU here, also \
+                 CUDA_COMPUTE_CAP=80 (or what the GPU has)"
+            );
+        }
         bail!("`dragon` does not build");
     }
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
     let binary = target.join("release").join("dragon");
+    if cuda {
+        check_that_it_starts(&binary)?;
+    }
     let mut command = Command::new(&binary);
     command.args(args);
     #[cfg(unix)]
@@ -125,9 +140,53 @@ fn dragon(root: &Path, args: &[String]) -> Result<ExitCode> {
     }
 }
 
+/// Whether the arguments ask for a GPU.
+fn wants_cuda(args: &[String]) -> bool {
+    let is_gpu = |device: &str| device == "cuda" || device.starts_with("cuda:");
+    let options = args.split(|arg| arg == "--").next().unwrap_or_default();
+    options.iter().any(|arg| arg.strip_prefix("--device=").is_some_and(is_gpu))
+        || options.windows(2).any(|pair| pair[0] == "--device" && is_gpu(&pair[1]))
+}
+
+/// Built with CUDA, `dragon` is linked with NVIDIA's libraries: where one is missing, the system refuses to load it
+/// before it can say anything itself.
+fn check_that_it_starts(binary: &Path) -> Result<()> {
+    let output = Command::new(binary)
+        .arg("--version")
+        .output()
+        .with_context(|| format!("cannot start {}", binary.display()))?;
+    if !output.status.success() {
+        bail!(
+            "`dragon` was built with CUDA, but does not start on this machine\n  {}\n\
+             hint: it needs NVIDIA's driver (libcuda.so.1) and, in the loader's path (LD_LIBRARY_PATH), the libraries \
+             of the CUDA toolkit; leave --device out for the CPU",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    Ok(())
+}
+
 /// Times us and PyTorch in turn: builds our side, then leaves the rounds to the script.
 fn peers(root: &Path, args: &[String]) -> Result<()> {
     step("build", cargo(root).args(["build", "--release", "--workspace", "--example", "peers"]))?;
     let rest: Vec<&String> = args.iter().filter(|a| *a != "--peers").collect();
     step("peers", Command::new("python3").arg(root.join("xtask/bench/peers.py")).args(rest).current_dir(root))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dragon_is_built_with_cuda_only_for_a_gpu() {
+        let wants = |args: &str| wants_cuda(&args.split(' ').map(str::to_owned).collect::<Vec<_>>());
+        for args in
+            ["finetune --device cuda", "bench --device=cuda --rounds 1", "generate jig --device cuda:1"]
+        {
+            assert!(wants(args), "{args}");
+        }
+        for args in ["finetune", "finetune --device cpu", "generate cuda", "generate -- --device cuda"] {
+            assert!(!wants(args), "{args}");
+        }
+    }
 }

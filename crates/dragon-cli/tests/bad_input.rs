@@ -44,6 +44,18 @@ fn every_reader_refuses(name: &str, make: impl Fn(&Path), parts: &[&str]) {
 }
 
 #[test]
+fn a_gpu_that_cannot_be_used_is_an_error_and_never_replaced() {
+    let parts: [&str; 2] = match cfg!(feature = "cuda") {
+        false => ["the device `cuda:999` was asked for", "--features cuda"],
+        true => ["cannot use the device `cuda:999`", "nvidia-smi"],
+    };
+    let dir = tempfile::tempdir().unwrap();
+    for command in ["generate jig --out new", "finetune --out new", "card", "bench"] {
+        refused(dir.path(), &format!("{command} --device cuda:999"), &parts);
+    }
+}
+
+#[test]
 fn missing_audio_is_named() {
     every_reader_refuses("gone.wav", |_| {}, &["does not exist"]);
     let dir = tempfile::tempdir().unwrap();

@@ -120,6 +120,7 @@ impl Table<'_> {
             }
             let start = Instant::now();
             last = Some(work()?);
+            self.ctx.device.synchronize()?; // a GPU works on after a call returns
             seconds = seconds.min(start.elapsed().as_secs_f64());
         }
         self.rows.push(Row { part, amount, unit, seconds, rate: amount / seconds.max(1e-9) });

@@ -24,10 +24,16 @@ pub fn device(name: &str) -> Result<Device> {
     if !candle_core::utils::cuda_is_available() {
         return Err(Error::Data {
             problem: format!("the device `{name}` was asked for, but this program was built without CUDA"),
-            hint: "leave --device out: this version runs on the CPU".into(),
+            hint: "build it with CUDA (`cargo xtask COMMAND --device cuda` does, or cargo's `--features cuda`), or \
+                   leave --device out for the CPU"
+                .into(),
         });
     }
-    Device::new_cuda(gpu).map_err(Error::input(format!("cannot use the device `{name}`")))
+    // One stream for all threads: candle's other choice, a stream for each, leaves what one thread wrote unordered with
+    // what another reads, and embeddings are computed on several.
+    Device::new_cuda_with_stream(gpu).map_err(Error::input(format!(
+        "cannot use the device `{name}`\nhint: `nvidia-smi` lists the GPUs, from 0; leave --device out for the CPU"
+    )))
 }
 
 #[cfg(test)]
@@ -40,8 +46,17 @@ mod tests {
         for name in ["gpu", "cuda:x", "mps", ""] {
             assert!(device(name).unwrap_err().to_string().contains("cuda:N"), "{name}");
         }
-        if !candle_core::utils::cuda_is_available() {
-            assert!(device("cuda:0").unwrap_err().to_string().contains("without CUDA"));
-        }
+    }
+
+    #[test]
+    fn a_gpu_that_cannot_be_used_is_an_error_that_says_what_to_do() {
+        let with_cuda = candle_core::utils::cuda_is_available();
+        let parts: [&str; 2] = match with_cuda {
+            false => ["was built without CUDA", "hint: build it with CUDA"],
+            true => ["cannot use the device `cuda:999`", "hint: `nvidia-smi` lists the GPUs"],
+        };
+        let err = device("cuda:999").unwrap_err();
+        assert!(parts.iter().all(|part| err.to_string().contains(part)), "{err}");
+        assert_eq!(err.exit_code(), 1);
     }
 }
