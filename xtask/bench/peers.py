@@ -337,9 +337,15 @@ class Side:
     """A process that runs cases on request."""
 
     def __init__(self, command, threads):
-        # The `dragon` binary keeps candle's own pool off in the same way: it only spins beside our threads.
         threads = str(threads)
-        env = dict(os.environ, RAYON_NUM_THREADS=threads, OMP_NUM_THREADS=threads, CANDLE_NUM_THREADS="1")
+        # The last two are what the `dragon` binary sets for itself.
+        env = dict(
+            os.environ,
+            RAYON_NUM_THREADS=threads,
+            OMP_NUM_THREADS=threads,
+            CANDLE_NUM_THREADS="1",
+            MIMALLOC_PURGE_DELAY="-1",
+        )
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def run(self, case, seconds):
