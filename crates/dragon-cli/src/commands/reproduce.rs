@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use dragon_trainer::eval::{Summary, win_rates};
 use dragon_trainer::run::write_atomic;
 
@@ -23,8 +23,12 @@ Examples:
 pub struct Args {
     /// Presets of presets/finetune; all of them if none is named
     presets: Vec<String>,
-    #[command(flatten)]
-    config: ConfigArgs,
+    /// Change one key of every preset's config (docs/config.md lists them); may be given several times
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+    /// Seed of everything random; short for --set seed=N
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
     /// Where tensors live: `cpu` or `cuda` (`cuda:1` for the second GPU)
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -35,9 +39,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
-    if args.config.path().is_some() {
-        bail!("`reproduce` runs presets, not a config file\nhint: dragon finetune --config FILE runs one");
-    }
+    let config = ConfigArgs { config: None, overrides: args.overrides, seed: args.seed };
     let known: Vec<&str> =
         settings::PRESETS.iter().filter_map(|(name, _)| name.strip_prefix("finetune/")).collect();
     let presets = match args.presets.is_empty() {
@@ -46,14 +48,14 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     };
     // A mistake in the last preset should not wait for the runs before it.
     for preset in &presets {
-        finetune::config(preset, &args.config)?.check()?;
+        finetune::config(preset, &config)?.check()?;
     }
     let run = RunArgs { resume: true, device: args.device };
     let mut done: Vec<(String, Summary)> = Vec::new();
     for preset in &presets {
         let out = args.out.join(preset);
         eprintln!("{preset}: {}", out.display());
-        let summary = finetune::run_preset(preset, &args.config, &run, &out, stop)?;
+        let summary = finetune::run_preset(preset, &config, &run, &out, stop)?;
         let Some(summary) = summary else { return Ok(()) };
         done.push((preset.clone(), summary));
         write(&args.out, &done)?;
