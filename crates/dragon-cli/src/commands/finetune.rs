@@ -62,7 +62,13 @@ fn resolve(preset: &str, config: &ConfigArgs) -> Result<Preset> {
     let mut finetune: FinetuneConfig = settings::read(table, &origin)?;
     let mut eval: EvalPreset = settings::read(eval, &format!("the table `eval` of {origin}"))?;
     let (targets, others) = eval::target_first(&finetune.reward, eval.metrics);
-    finetune.embed = eval.embed.clone();
+    // Watching takes the evaluation's encoders too; what the run itself names keeps its own meaning.
+    for (name, encoder) in &eval.embed.encoders {
+        finetune.embed.encoders.entry(name.clone()).or_insert_with(|| encoder.clone());
+    }
+    for (name, setting) in &eval.embed.settings {
+        finetune.embed.settings.entry(name.clone()).or_insert(*setting);
+    }
     if finetune.validation.monitors.is_empty() {
         finetune.validation.monitors = others.clone();
     }
@@ -114,6 +120,8 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use dragon_trainer::embedder::{EmbedConfig, EncoderConfig};
+
     use super::*;
 
     #[test]
@@ -123,6 +131,20 @@ mod tests {
             let preset = resolve(name, &none).unwrap_or_else(|err| panic!("{name}: {err:#}"));
             preset.finetune.check().unwrap_or_else(|err| panic!("{name}: {err}"));
         }
+    }
+
+    #[test]
+    fn an_encoder_of_the_evaluation_alone_does_not_change_the_reward() {
+        let set = "eval.embed.encoders.musicnn.weights=other.safetensors".to_owned();
+        let config = ConfigArgs { config: None, overrides: vec![set], seed: None };
+        let Preset { finetune, eval } = resolve("per-song-fad", &config).unwrap();
+        let weights = |embed: &EmbedConfig| match &embed.encoders["musicnn"] {
+            EncoderConfig::Musicnn { weights } => weights.clone(),
+            other => panic!("{other:?}"),
+        };
+        assert!(weights(&finetune.embed).ends_with("mtt_musicnn.safetensors"));
+        assert!(weights(&eval.embed).ends_with("other.safetensors"));
+        assert!(finetune.embed.encoders.contains_key("clap"), "validations watch by it");
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub enum Command {
     /// Make a manifest of music and captions: fetch packages, render scores, import your own files
     #[command(subcommand)]
     Data(data::Command),
-    /// Train the parts of a text-to-music model: vae, clap, dit
+    /// Train the parts of a text-to-music model: vae, vae-decoder, clap, dit
     Pretrain(pretrain::Args),
     /// Put trained parts together into one model folder, weights in f16
     Pack(pack::Args),
