@@ -83,6 +83,9 @@ pub struct UpdateConfig {
     pub micro_batch: usize,
     /// Optimiser; paper: Adam, constant learning rate, gradient clipping; values unknown.
     pub optimizer: AdamWConfig,
+    /// Steps over which the learning rate rises evenly from 0: Adam's first updates have full size whatever the gradient
+    /// is worth.
+    pub warmup_steps: usize,
     /// Decay of the averaged weights that are exported; 0 exports the last weights (ours; the paper names none).
     pub ema_decay: f64,
 }

@@ -165,7 +165,11 @@ impl FinetuneTask<'_> {
         }
         let grad_norm = match total {
             None => 0.0, // every pair was a tie
-            Some(grads) => self.optimizer.step(&grads)?,
+            Some(grads) => {
+                let warmup = ((step + 1) as f64 / self.cfg.update.warmup_steps.max(1) as f64).min(1.0);
+                self.optimizer.set_lr(self.cfg.update.optimizer.lr * warmup);
+                self.optimizer.step(&grads)?
+            }
         };
         if let Some(ema) = &self.ema {
             ema.update(&self.policy)?;
