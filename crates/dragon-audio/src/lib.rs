@@ -7,6 +7,7 @@
 //! - [`mod@resample`]: sample-rate conversion without delay;
 //! - [`mel`]: windows, STFT, mel filter banks and mel spectrograms, equal to librosa's;
 //! - [`measure`]: level, loudness, brightness;
+//! - [`music`]: tempo and key, estimated;
 //! - [`error`]: what can go wrong, with the path, the expected and the found.
 
 pub mod clip;
@@ -14,6 +15,7 @@ pub mod decode;
 pub mod error;
 pub mod measure;
 pub mod mel;
+pub mod music;
 pub mod resample;
 pub mod write;
 
@@ -24,5 +26,6 @@ pub use measure::{lufs, peak, peak_normalize, rms_dbfs, spectral_centroid_hz};
 pub use mel::{
     Mel, MelConfig, MelNorm, MelScale, MelSpectrogram, PadMode, hann_window, mel_filterbank, stft_magnitude,
 };
+pub use music::{Key, key, tempo_bpm};
 pub use resample::resample;
 pub use write::{SampleFormat, write_wav};

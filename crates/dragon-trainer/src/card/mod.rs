@@ -5,15 +5,20 @@
 //! generations for its captions, decoded noise and an untrained network are measured against it. So every distance
 //! stands between the best that a finite sample of real music reaches and what needs no model at all.
 
+mod asked;
+mod page;
+
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+pub use asked::CaptionTest;
 use candle_core::{DType, Tensor};
+use dragon_audio::Key;
 use dragon_data::{Entry, Split, read_manifest};
 use dragon_diffusion::{Model, SamplerConfig};
 use dragon_encoders::clap::ClapEncoder;
 use dragon_encoders::musicnn::Musicnn;
-use dragon_metrics::{Better, FrechetReference, Rows, WinRate, clap_score, win_rate};
+use dragon_metrics::{FrechetReference, Rows};
 use dragon_nn::Params;
 use dragon_rewards::{Song, Source};
 use dragon_vae::losses::{Floor, MelLoss, si_sdr};
@@ -23,9 +28,7 @@ use serde::{Deserialize, Serialize};
 use crate::bundle::Bundle;
 use crate::embedder::{Batch, EmbedConfig, Embedder, EncoderConfig};
 use crate::error::{Error, Result};
-use crate::eval::number;
 use crate::pretrain::clap::Retrieval;
-use crate::report;
 use crate::rollout::{self, TextCache};
 use crate::run::{Meter, RunContext, write_atomic};
 
@@ -92,21 +95,6 @@ pub struct SystemCard {
     pub centroid_hz: f64,
 }
 
-/// Songs and captions: is a caption's own song better for it than another song?
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct CaptionTest {
-    /// Who judges, and which songs.
-    pub name: String,
-    /// Mean score of a caption with its own song.
-    pub own: f64,
-    /// Mean score of a caption with another caption's song.
-    pub other: f64,
-    /// Share of the captions that fit their own song better.
-    pub won: WinRate,
-    /// One-sided binomial probability of as many wins by chance.
-    pub p_value: f64,
-}
-
 impl CardConfig {
     /// Checks everything that can be checked before weights are read.
     ///
@@ -139,10 +127,13 @@ impl CardConfig {
 }
 
 /// Songs of one kind as the views see them, in the order of the second half's captions.
+#[derive(Default)]
 struct System {
     name: &'static str,
     songs: Vec<Song>,
     tags: Vec<Vec<f32>>,
+    keys: Vec<Option<Key>>,
+    bpms: Vec<Option<f64>>,
     level_dbfs: f64,
     centroid_hz: f64,
     examples: Vec<Vec<f32>>,
@@ -214,14 +205,14 @@ pub fn run(cfg: &CardConfig, bundle: &Path, manifest: &Path, ctx: &RunContext) -
     let card = Card {
         n_clips: (reference.len(), other.len()),
         vae: measure.vae(&other)?,
-        captions: caption_tests(cfg, &systems, &captions, measure.tagger.tags())?,
+        captions: asked::caption_tests(cfg, &systems, &captions, measure.tagger.tags())?,
         systems: cards,
         clap: measure.retrieval(manifest)?,
     };
     let json = serde_json::to_vec_pretty(&card).map_err(|err| Error::Bug(err.to_string()))?;
     std::fs::create_dir_all(&ctx.out_dir).map_err(Error::io("create", &ctx.out_dir))?;
     write_atomic(&ctx.out_dir.join("card.json"), &json)?;
-    page(cfg, &card, &systems, &captions, bundle.sample_rate_hz(), ctx)
+    page::page(cfg, &card, &systems, &captions, bundle.sample_rate_hz(), ctx)
         .write(&ctx.out_dir.join("card.html"))?;
     Ok(card)
 }
@@ -280,8 +271,7 @@ impl Measure<'_> {
         entries: &[Entry],
         songs: &dyn Fn(Range<usize>) -> Result<Vec<Vec<f32>>>,
     ) -> Result<System> {
-        let mut system =
-            System { name, songs: vec![], tags: vec![], level_dbfs: 0.0, centroid_hz: 0.0, examples: vec![] };
+        let mut system = System { name, ..System::default() };
         let mut meter = Meter::new(self.ctx.progress, entries.len(), 0, 1.0, "songs");
         tracing::info!("{name}");
         let rate = self.bundle.sample_rate_hz();
@@ -302,6 +292,8 @@ impl Measure<'_> {
             system.songs.extend(self.embedder.songs(&self.cfg.views, &batch)?);
             let tags = clips.par_iter().map(|clip| self.tags(clip, rate)).collect::<Result<Vec<_>>>()?;
             system.tags.extend(tags);
+            system.keys.par_extend(clips.par_iter().map(|clip| dragon_audio::key(clip, rate)));
+            system.bpms.par_extend(clips.par_iter().map(|clip| dragon_audio::tempo_bpm(clip, rate)));
             let share = clips.len() as f64 / entries.len() as f64;
             let [_, level, _, centroid] = rollout::mean_monitors(&clips, rate);
             system.level_dbfs += share * level;
@@ -398,192 +390,4 @@ fn rows_of(songs: &[Song], slot: usize) -> Result<Rows> {
         .collect::<std::result::Result<_, _>>()
         .map_err(Error::input("a view"))?;
     Rows::concat(&rows).map_err(Error::input("cannot put embeddings together"))
-}
-
-/// Each caption with its own song and with the song half the set away, for the real music and the generations.
-fn caption_tests(
-    cfg: &CardConfig,
-    systems: &[System],
-    captions: &[&str],
-    tags: &[String],
-) -> Result<Vec<CaptionTest>> {
-    let n = captions.len();
-    let failed = |err: dragon_metrics::Error| Error::input("songs and captions")(err);
-    let mut tests = Vec::new();
-    let mut push = |name: String, own: Vec<f64>, other: Vec<f64>| -> Result<()> {
-        let won = win_rate(&own, &other, Better::Higher).map_err(failed)?;
-        let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
-        let p_value = dragon_metrics::binomial_p_value(won.wins, won.n, 0.5).map_err(failed)?;
-        tests.push(CaptionTest { name, own: mean(&own), other: mean(&other), won, p_value });
-        Ok(())
-    };
-    for system in [&systems[0], &systems[2]] {
-        for (slot, source) in cfg.views.iter().enumerate() {
-            let score = |song: usize, caption: usize| -> Result<Option<f64>> {
-                let view = |i: usize| system.songs[i].view(slot).map_err(Error::input("a view"));
-                let Some(text) = &view(caption)?.text else { return Ok(None) };
-                clap_score(&view(song)?.embeddings, text, Default::default()).map(Some).map_err(failed)
-            };
-            let own: Option<Vec<f64>> = (0..n).map(|i| score(i, i)).collect::<Result<_>>()?;
-            let other: Option<Vec<f64>> = (0..n).map(|i| score((i + n / 2) % n, i)).collect::<Result<_>>()?;
-            if let (Some(own), Some(other)) = (own, other) {
-                push(format!("CLAP score ({}), {}", source.encoder, system.name), own, other)?;
-            }
-        }
-        // Tags that a caption names, word for word.
-        let named: Vec<Vec<usize>> = captions
-            .iter()
-            .map(|caption| {
-                let caption = caption.to_lowercase();
-                let words: Vec<&str> = caption.split(|c: char| !c.is_alphanumeric()).collect();
-                (0..tags.len()).filter(|&t| words.contains(&tags[t].as_str())).collect()
-            })
-            .collect();
-        let score = |song: usize, caption: usize| {
-            let of = &named[caption];
-            of.iter().map(|&t| f64::from(system.tags[song][t])).sum::<f64>() / of.len() as f64
-        };
-        let with_tags: Vec<usize> = (0..n).filter(|&i| !named[i].is_empty()).collect();
-        if with_tags.len() >= 2 {
-            let own = with_tags.iter().map(|&i| score(i, i)).collect();
-            let other = with_tags.iter().map(|&i| score((i + n / 2) % n, i)).collect();
-            push(format!("tags that the caption names (musicnn), {}", system.name), own, other)?;
-        }
-    }
-    Ok(tests)
-}
-
-impl Card {
-    /// The card's tables: title, head and rows.
-    fn tables(&self, cfg: &CardConfig) -> Vec<report::Table> {
-        let mut head: Vec<String> = vec!["songs".into()];
-        head.extend(cfg.views.iter().map(|view| format!("FAD, {}", view.encoder)));
-        head.extend(["level, dBFS".into(), "centroid, Hz".into()]);
-        let rows = self.systems.iter().map(|system| {
-            let mut row = vec![system.name.clone()];
-            row.extend(
-                system.fad.iter().chain([&system.level_dbfs, &system.centroid_hz]).map(|x| number(*x)),
-            );
-            row
-        });
-        let distances = report::Table {
-            title: "Distance to held-out music".into(),
-            note: format!(
-                "Dataset FAD to {} clips, of {} songs each; the two halves share no piece.",
-                self.n_clips.0, self.n_clips.1
-            ),
-            head,
-            rows: rows.collect(),
-        };
-        let vae = report::Table {
-            title: "Reconstruction by the VAE".into(),
-            note: "Held-out clips; for scale, each clip's own median spectrum held constant.".into(),
-            head: ["number", "VAE", "median spectrum"].map(str::to_owned).into(),
-            rows: vec![
-                vec![
-                    "mel distance".into(),
-                    number(self.vae.mel_distance),
-                    number(self.vae.mel_distance_of_median),
-                ],
-                vec!["SI-SDR, dB".into(), number(self.vae.si_sdr_db), "-".into()],
-            ],
-        };
-        let captions = report::Table {
-            title: "Songs and their captions".into(),
-            note: "Score of a caption with its own song and with another caption's; share of captions that fit their own better."
-                .into(),
-            head: ["judge and songs", "own", "other", "won (95 %)", "p by chance"].map(str::to_owned).into(),
-            rows: self
-                .captions
-                .iter()
-                .map(|t| {
-                    let won = &t.won;
-                    let share = format!(
-                        "{:.1} % of {} ({:.1} to {:.1})",
-                        100.0 * won.rate,
-                        won.n,
-                        100.0 * won.lower,
-                        100.0 * won.upper
-                    );
-                    vec![t.name.clone(), number(t.own), number(t.other), share, format!("{:.1e}", t.p_value)]
-                })
-                .collect(),
-        };
-        let mut tables = vec![distances, vae, captions];
-        if let Some(clap) = &self.clap {
-            let percent = |x: f64| format!("{:.1} %", 100.0 * x);
-            let row = |name: &str, r: &crate::pretrain::clap::Recall| {
-                vec![
-                    name.to_owned(),
-                    percent(r.at_1),
-                    percent(r.at_5),
-                    percent(r.at_10),
-                    number(r.median_rank),
-                ]
-            };
-            let n = clap.n as f64;
-            tables.push(report::Table {
-                title: "Retrieval by CLAP".into(),
-                note: format!("One clip of each of {} held-out pieces.", clap.n),
-                head: ["from", "recall at 1", "at 5", "at 10", "median rank"].map(str::to_owned).into(),
-                rows: vec![
-                    row("clip to caption", &clap.text),
-                    row("caption to clip", &clap.audio),
-                    vec![
-                        "chance".into(),
-                        percent(1.0 / n),
-                        percent(5.0 / n),
-                        percent(10.0 / n),
-                        number(n / 2.0),
-                    ],
-                ],
-            });
-        }
-        tables
-    }
-
-    /// The card for a terminal.
-    pub fn text(&self, cfg: &CardConfig) -> String {
-        let tables = self.tables(cfg);
-        tables.iter().map(|t| format!("{}\n{}", t.title, t.to_text())).collect::<Vec<_>>().join("\n")
-    }
-}
-
-fn page(
-    cfg: &CardConfig,
-    card: &Card,
-    systems: &[System],
-    captions: &[&str],
-    sample_rate_hz: u32,
-    ctx: &RunContext,
-) -> report::Report {
-    let take = |system: &System, i: usize, label: &str| report::Take {
-        label: label.to_owned(),
-        samples: system.examples[i].clone(),
-        sample_rate_hz,
-        note: String::new(),
-    };
-    let songs = (0..cfg.examples.min(captions.len()))
-        .map(|i| report::Song {
-            caption: captions[i].to_owned(),
-            takes: vec![
-                take(&systems[0], i, "music"),
-                take(&systems[1], i, "its round trip"),
-                take(&systems[2], i, "generation"),
-            ],
-        })
-        .collect();
-    report::Report {
-        title: "Model card".into(),
-        lead: "What the parts of a model folder are worth on music that none of them was trained on.".into(),
-        facts: vec![
-            ("command".into(), ctx.command.clone()),
-            ("commit".into(), ctx.commit.clone()),
-            ("sampler".into(), format!("{:?}, {} steps", cfg.sampler.solver, cfg.sampler.n_steps)),
-            ("seed".into(), cfg.seed.to_string()),
-        ],
-        tables: card.tables(cfg),
-        charts: Vec::new(),
-        songs,
-    }
 }
