@@ -41,13 +41,58 @@ pub fn bootstrap_indices(seed: u64, n_subsets: usize, size: usize, n: usize) -> 
     if size == 0 {
         return Err(Error::TooFew { what: "songs in a subset", expected: 1, found: 0 });
     }
-    let start = SplitMix64(seed).next();
-    Ok((0..n_subsets)
-        .map(|s| {
-            let mut rng = SplitMix64(start.wrapping_add(SplitMix64(s as u64 + 1).next()));
-            (0..size).map(|_| rng.below(n as u64) as usize).collect()
-        })
-        .collect())
+    Ok((0..n_subsets).map(|s| draw(seed, s as u64, size, n)).collect())
+}
+
+/// One subset: `size` indices below `n` from stream `s` of `seed`.
+pub(crate) fn draw(seed: u64, s: u64, size: usize, n: usize) -> Vec<usize> {
+    let mut rng = SplitMix64(SplitMix64(seed).next().wrapping_add(SplitMix64(s + 1).next()));
+    (0..size).map(|_| rng.below(n as u64) as usize).collect()
+}
+
+/// A set metric on resampled songs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Bootstrap {
+    /// Value on each subset, in the order of the subsets.
+    pub values: Vec<f64>,
+    /// Mean of the values.
+    pub mean: f64,
+    /// Standard deviation of the values (ddof 1): the standard error of the metric. 0 for one subset.
+    pub std: f64,
+    /// Percentile interval of the level asked for.
+    pub interval: (f64, f64),
+}
+
+/// Evaluates a set metric on subsets of songs (in parallel) and takes the percentile interval of `level` (e.g. 0.95).
+///
+/// The metric takes indices into the songs: [`crate::FrechetPool::distance`], [`crate::VendiPool::vendi`],
+/// [`crate::KadPool::kad`], [`crate::PrdcPool::prdc`], or a mean of per-song scores. Distances and diversities of
+/// resampled sets are biased (fewer different songs), so that the interval need not hold the full-set value: use it to
+/// compare systems on the same subsets, with [`paired_bootstrap`] where it decides.
+///
+/// # Errors
+/// If `subsets` is empty, `level` is not in (0, 1), or the metric fails on a subset (the message holds its index).
+pub fn bootstrap<M>(subsets: &[Vec<usize>], metric: M, level: f64) -> Result<Bootstrap>
+where
+    M: Fn(&[usize]) -> Result<f64> + Sync,
+{
+    if !(level > 0.0 && level < 1.0) {
+        return Err(Error::Parameter {
+            name: "level",
+            expected: "between 0 and 1",
+            found: level.to_string(),
+        });
+    }
+    let values: Vec<Result<f64>> = subsets.par_iter().map(|s| metric(s)).collect();
+    let named = |(i, v): (usize, Result<f64>)| v.map_err(|e| e.within(format!("bootstrap subset {i}")));
+    let values = values.into_iter().enumerate().map(named).collect::<Result<Vec<f64>>>()?;
+    let tail = (1.0 - level) / 2.0;
+    let interval = (percentile(&values, tail)?, percentile(&values, 1.0 - tail)?);
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    let square: f64 = values.iter().map(|v| (v - mean).powi(2)).sum();
+    let std = if values.len() > 1 { (square / (n - 1.0)).sqrt() } else { 0.0 };
+    Ok(Bootstrap { values, mean, std, interval })
 }
 
 /// A set metric of two systems on shared subsets.

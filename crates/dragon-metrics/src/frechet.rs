@@ -117,23 +117,14 @@ impl FrechetReference {
     /// # Errors
     /// If there are fewer than two rows, or the dimension differs.
     pub fn distance(&self, rows: &Rows) -> Result<f64> {
-        self.check(rows)?;
-        let n = rows.n();
-        if n < 2 {
-            return Err(Error::TooFew { what: "embeddings of a song or set", expected: 2, found: n });
-        }
-        let mean = rows.mean()?;
-        let centered = rows.centered(&mean);
-        let scale = 1.0 / (n as f64 - 1.0);
-        let keep = (rows.unique() - 1).min(self.rank);
-        let mut cross = 0.0;
-        if keep > 0 {
-            let y = product(view(&centered, n, rows.dim()), self.factor.as_ref()); // [n, r]
-            let gram =
-                if n <= y.ncols() { gram_lower(y.as_ref(), scale) } else { gram_lower(y.transpose(), scale) };
-            cross = sum_of_roots(&symmetric_eigenvalues(gram.as_ref())?, keep);
-        }
-        Ok(self.combine(&mean, dot(&centered, &centered) * scale, cross))
+        let (mean, trace, cross) = self.spread(rows)?;
+        Ok(self.combine(&mean, trace, cross))
+    }
+
+    /// [`FrechetReference::distance`] with the rows' mean replaced, for tools that round it.
+    pub(crate) fn distance_with_mean(&self, rows: &Rows, mean: &[f64]) -> Result<f64> {
+        let (_, trace, cross) = self.spread(rows)?;
+        Ok(self.combine(mean, trace, cross))
     }
 
     /// Fréchet distance of a Gaussian to the reference.
@@ -153,6 +144,27 @@ impl FrechetReference {
             cross = sum_of_roots(&symmetric_eigenvalues(whole.as_ref())?, keep);
         }
         Ok(self.combine(stats.mean(), stats.trace(), cross))
+    }
+
+    /// Mean, trace of the covariance, and `tr (S_g S_r)^½` of the rows.
+    fn spread(&self, rows: &Rows) -> Result<(Vec<f64>, f64, f64)> {
+        self.check(rows)?;
+        let n = rows.n();
+        if n < 2 {
+            return Err(Error::TooFew { what: "embeddings of a song or set", expected: 2, found: n });
+        }
+        let mean = rows.mean()?;
+        let centered = rows.centered(&mean);
+        let scale = 1.0 / (n as f64 - 1.0);
+        let keep = (rows.unique() - 1).min(self.rank);
+        let mut cross = 0.0;
+        if keep > 0 {
+            let y = product(view(&centered, n, rows.dim()), self.factor.as_ref()); // [n, r]
+            let gram =
+                if n <= y.ncols() { gram_lower(y.as_ref(), scale) } else { gram_lower(y.transpose(), scale) };
+            cross = sum_of_roots(&symmetric_eigenvalues(gram.as_ref())?, keep);
+        }
+        Ok((mean, dot(&centered, &centered) * scale, cross))
     }
 
     fn check(&self, rows: &Rows) -> Result<()> {

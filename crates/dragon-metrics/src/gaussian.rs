@@ -179,6 +179,11 @@ impl Moments {
         Ok(())
     }
 
+    /// Replaces the mean, and nothing else: tools that round it merge with the rounded one.
+    pub(crate) fn set_mean(&mut self, mean: &[f64]) {
+        self.mean.copy_from_slice(mean);
+    }
+
     /// The between-blocks part of a merge: `d dᵀ n m/(n+m)`, `d` the difference of the means.
     fn shift_to(&mut self, mean: &[f64], m: usize) {
         let (n, m_f) = (self.n as f64, m as f64);

@@ -88,6 +88,21 @@ impl Rows {
         Ok(Self { n: data.len() / first.dim, dim: first.dim, data })
     }
 
+    /// The rows `indices`, in that order; a row may be taken several times.
+    ///
+    /// # Errors
+    /// If an index is out of range.
+    pub fn select(&self, indices: &[usize]) -> Result<Self> {
+        let mut data = Vec::with_capacity(indices.len() * self.dim);
+        for &index in indices {
+            if index >= self.n {
+                return Err(Error::Index { what: "embedding", index, len: self.n });
+            }
+            data.extend_from_slice(self.row(index));
+        }
+        Ok(Self { n: indices.len(), dim: self.dim, data })
+    }
+
     /// Number of rows `N`.
     pub fn n(&self) -> usize {
         self.n

@@ -255,3 +255,190 @@ fn a_reference_without_spread_leaves_traces_and_means() {
         assert_eq!(reference.distance_to_stats(&GaussianStats::fit(&other).unwrap()).unwrap(), 2.0);
     }
 }
+
+#[test]
+fn pools_of_kad_and_prdc_give_any_multiset_what_its_rows_give() {
+    let reference = rows(1, 70, 9, 0.9);
+    let songs: Vec<Rows> = (0..7).map(|i| rows(20 + i, 3 + i as usize % 3, 9, 0.85)).collect();
+    let songs: Vec<&Rows> = songs.iter().collect();
+    for kernel in [Kernel::Gaussian, Kernel::InverseQuadratic, Kernel::InverseMultiquadric] {
+        let kad_reference = KadReference::new(&reference, kernel).unwrap();
+        let kad = KadPool::new(&kad_reference, &songs).unwrap();
+        let shares = PrdcPool::new(&reference, &songs, 3).unwrap();
+        for members in bootstrap_indices(5, 20, 6, 7).unwrap() {
+            let drawn = Rows::concat(&members.iter().map(|&m| songs[m]).collect::<Vec<_>>()).unwrap();
+            let want = kad_reference.kad(&drawn).unwrap();
+            assert!((kad.kad(&members).unwrap() - want).abs() < 1e-11);
+            assert_eq!(shares.prdc(&members).unwrap(), prdc(&reference, &drawn, 3).unwrap());
+        }
+        assert!(kad.kad(&[7]).is_err() && kad.kad(&[]).is_err());
+        assert!(shares.prdc(&[7]).is_err() && shares.prdc(&[]).is_err());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn kernel_and_neighbour_metrics_ignore_order_rotation_and_translation(
+        seed in 0u64..1_000_000, n in 6usize..40, m in 6usize..40, dim in 1usize..20, offset in -20.0f64..20.0,
+    ) {
+        let (x, y) = (rows(seed, n, dim, 0.9), rows(seed + 1, m, dim, 0.9));
+        let moved = |r: &Rows| {
+            Rows::new(r.n(), r.dim(), rotate(r, seed).data().iter().map(|v| v + offset).collect()).unwrap()
+        };
+        let reversed = |r: &Rows| r.select(&(0..r.n()).rev().collect::<Vec<_>>()).unwrap();
+        let reference = KadReference::new(&x, Kernel::Gaussian).unwrap();
+        let kad = reference.kad(&y).unwrap();
+        prop_assert!(kad < 200.0 + 1e-9, "{kad}");
+        let turned = KadReference::new(&moved(&x), Kernel::Gaussian).unwrap().kad(&moved(&y)).unwrap();
+        prop_assert!((kad - turned).abs() < 1e-7, "{kad} {turned}");
+        prop_assert!((kad - reference.kad(&reversed(&y)).unwrap()).abs() < 1e-10);
+        // With one bandwidth the distance is symmetric.
+        let other = KadReference::with_bandwidth(&y, Kernel::Gaussian, reference.bandwidth()).unwrap();
+        prop_assert!((kad - other.kad(&x).unwrap()).abs() < 1e-10);
+
+        let shares = prdc(&x, &y, 3).unwrap();
+        prop_assert_eq!(shares, prdc(&reversed(&x), &reversed(&y), 3).unwrap());
+        prop_assert_eq!(shares.precision, prdc(&y, &x, 3).unwrap().recall, "precision and recall swap");
+        let own = prdc(&x, &x, 3).unwrap();
+        prop_assert_eq!((own.precision, own.recall, own.coverage), (1.0, 1.0, 1.0), "a set covers itself");
+        let far = Rows::new(m, dim, y.data().iter().map(|v| v + 1e3).collect()).unwrap();
+        let far = prdc(&x, &far, 3).unwrap();
+        prop_assert_eq!((far.precision, far.recall, far.density, far.coverage), (0.0, 0.0, 0.0, 0.0));
+    }
+
+    #[test]
+    fn frechet_distance_moves_with_translation_and_scale(
+        seed in 0u64..1_000_000, n in 2usize..40, m in 2usize..40, dim in 1usize..20, offset in -5.0f64..5.0,
+    ) {
+        let (x, y) = (rows(seed, n, dim, 0.9), rows(seed + 1, m, dim, 0.9));
+        let map = |r: &Rows, f: &dyn Fn(f64) -> f64| {
+            Rows::new(r.n(), dim, r.data().iter().map(|v| f(*v)).collect()).unwrap()
+        };
+        let distance = |a: &Rows, b: &Rows| FrechetReference::from_rows(b).unwrap().distance(a).unwrap();
+        let plain = distance(&x, &y);
+        let both = distance(&map(&x, &|v| v + offset), &map(&y, &|v| v + offset));
+        prop_assert!((plain - both).abs() < 1e-9, "a shift of both changes nothing");
+        prop_assert!((distance(&map(&x, &|v| 3.0 * v), &map(&y, &|v| 3.0 * v)) - 9.0 * plain).abs() < 1e-7);
+        let shifted = map(&x, &|v| v + offset);
+        prop_assert!((distance(&x, &shifted) - dim as f64 * offset * offset).abs() < 1e-8, "equal shapes: the means remain");
+        // Rows repeated k times: covariance shrinks by (n-1)k/(nk-1), so that only ddof separates them.
+        let twice = Rows::concat(&[&x, &x]).unwrap();
+        let ratio = ((n as f64 - 1.0) * 2.0 / (2.0 * n as f64 - 1.0)).sqrt();
+        let trace = GaussianStats::fit(&x).unwrap().trace();
+        prop_assert!((distance(&twice, &x) - trace * (1.0 - ratio).powi(2)).abs() < 1e-8);
+    }
+
+    #[test]
+    fn weights_of_vendi_count_like_repetitions(
+        seed in 0u64..1_000_000, counts in prop::collection::vec(0usize..4, 2..12), dim in 1usize..15,
+    ) {
+        let total: usize = counts.iter().sum();
+        prop_assume!(total > 0);
+        let x = rows(seed, counts.len(), dim, 0.9);
+        let repeated: Vec<usize> = counts.iter().enumerate().flat_map(|(i, &c)| vec![i; c]).collect();
+        let p: Vec<f64> = counts.iter().map(|&c| c as f64 / total as f64).collect();
+        for q in [0.3, 1.0, 2.0, f64::INFINITY] {
+            let want = vendi_order(&x.select(&repeated).unwrap(), q).unwrap();
+            let got = vendi_weighted(&x, &p, q).unwrap();
+            prop_assert!((got - want).abs() < 1e-6, "order {q}: {got} {want}");
+        }
+    }
+}
+
+#[test]
+fn bootstraps_share_their_subsets_and_take_numpys_percentiles() {
+    let scores: Vec<f64> = (0..40).map(|i| ((i * 17) % 40) as f64 / 40.0).collect();
+    let mean = |s: &[usize]| Ok(s.iter().map(|&i| scores[i]).sum::<f64>() / s.len() as f64);
+    let subsets = bootstrap_indices(3, 500, 40, 40).unwrap();
+    let one = bootstrap(&subsets, mean, 0.9).unwrap();
+    assert_eq!(one.values.len(), 500);
+    assert_eq!(one.interval.0, bootstrap::percentile(&one.values, (1.0 - 0.9) / 2.0).unwrap());
+    assert!(one.interval.0 < one.mean && one.mean < one.interval.1);
+    // The standard error of a mean of 40 draws from 0, 1/40, .. 39/40.
+    let want = ((40.0f64 * 40.0 - 1.0) / 12.0).sqrt() / 40.0 / 40.0f64.sqrt();
+    assert!((one.std / want - 1.0).abs() < 0.12, "{} {want}", one.std);
+    let paired = paired_bootstrap(&subsets, mean, |s| Ok(mean(s)? - 0.01), Better::Higher).unwrap();
+    assert_eq!(
+        (paired.a.as_slice(), paired.win_rate.wins),
+        (&one.values[..], 500),
+        "same subsets, same values"
+    );
+    assert!((paired.mean_difference - 0.01).abs() < 1e-12);
+    assert!(bootstrap(&[], mean, 0.9).is_err() && bootstrap(&subsets, mean, 1.0).is_err());
+    let failing = |s: &[usize]| if s == subsets[3] { vendi(&Rows::new(0, 1, vec![])?) } else { Ok(1.0) };
+    assert!(bootstrap(&subsets, failing, 0.9).unwrap_err().to_string().starts_with("bootstrap subset 3: "));
+}
+
+#[test]
+fn cross_validation_finds_the_bandwidth_that_predicts_and_keeps_songs_together() {
+    let x = rows(4, 120, 3, 1.0);
+    let y: Vec<f64> = x.iter().map(|r| (2.0 * r[0]).sin() + 3.0).collect();
+    let groups: Vec<usize> = (0..120).map(|i| 1000 - i / 4).collect();
+    let candidates: Vec<Method> = [0.001, 0.7, 200.0]
+        .map(|bandwidth| Method::KernelRidge { similarity: Similarity::Rbf { bandwidth }, lambda: 1e-3 })
+        .into_iter()
+        .chain([Method::NadarayaWatson { similarity: Similarity::Rbf { bandwidth: 0.4 } }])
+        .collect();
+    let found = cross_validate(&x, &y, &groups, &candidates, 5, 1).unwrap();
+    assert_eq!(found.best.method(), candidates[1], "{:?}", found.errors);
+    assert!(
+        found.errors[1] < 0.3 * found.errors[0] && found.errors[1] < 0.3 * found.errors[2],
+        "{:?}",
+        found.errors
+    );
+    for i in 0..120 {
+        assert_eq!(found.folds[i], found.folds[i - i % 4], "windows of a song share a fold");
+    }
+    assert!((0..5).all(|f| found.folds.iter().filter(|x| **x == f).count() == 24));
+    assert_eq!(found.folds, cross_validate(&x, &y, &groups, &candidates[..1], 5, 1).unwrap().folds);
+    assert!(cross_validate(&x, &y, &groups, &[], 5, 1).is_err());
+    assert!(cross_validate(&x, &y, &groups, &candidates, 31, 1).is_err(), "30 songs, 31 folds");
+    // A fit to one row predicts its rating everywhere; far away Nadaraya-Watson still has a mean.
+    let one = x.select(&[0]).unwrap();
+    let far = Rows::new(1, 3, vec![1e4; 3]).unwrap();
+    for method in [candidates[1], candidates[3]] {
+        let fitted = KernelRegression::fit(&one, &[2.5], method).unwrap();
+        assert_eq!(fitted.predict(&far).unwrap(), [2.5]);
+        assert!(
+            fitted.predict(&rows(1, 2, 4, 1.0)).is_err()
+                && KernelRegression::fit(&one, &[f64::NAN], method).is_err()
+        );
+    }
+    let opposite = Rows::new(1, 3, x.row(0).iter().map(|v| -v).collect()).unwrap();
+    let linear = Method::NadarayaWatson { similarity: Similarity::Linear };
+    let message =
+        KernelRegression::fit(&one, &[1.0], linear).unwrap().predict(&opposite).unwrap_err().to_string();
+    assert!(message.starts_with("row 0: similarity to the fitted rows"), "{message}");
+    for (bandwidth, lambda) in [(0.0, 1.0), (f64::NAN, 1.0), (1.0, 0.0), (1.0, f64::INFINITY)] {
+        let method = Method::KernelRidge { similarity: Similarity::Rbf { bandwidth }, lambda };
+        assert!(KernelRegression::fit(&x, &y, method).is_err());
+    }
+}
+
+#[test]
+fn a_listening_test_gives_its_odds_back() {
+    // One rater each: clustering adds only the correction, and the estimate is the log-odds of the wins.
+    let wins: Vec<usize> = (0..420).map(|i| usize::from(i % 420 < 253)).collect();
+    let (ones, raters): (Vec<usize>, Vec<usize>) = ((0..420).map(|_| 1).collect(), (0..420).collect());
+    let fit = win_log_odds(&wins, &ones, &raters).unwrap();
+    let odds = (253.0f64 / 167.0).ln();
+    let [only] = fit.coefficients[..] else { panic!("one coefficient") };
+    assert!((only.estimate - odds).abs() < 1e-12);
+    assert!((only.std_error_independent - (1.0f64 / 253.0 + 1.0 / 167.0).sqrt()).abs() < 1e-12);
+    assert!((only.std_error / only.std_error_independent - (420.0f64 / 419.0).sqrt()).abs() < 1e-9);
+    // The same answers by 42 raters in tenfold groups: the same estimate, another error.
+    let (sums, tens): (Vec<usize>, Vec<usize>) =
+        wins.chunks(10).map(|w| (w.iter().sum::<usize>(), 10)).unzip();
+    let grouped = win_log_odds(&sums, &tens, &(0..42).collect::<Vec<_>>()).unwrap();
+    assert!((grouped.coefficients[0].estimate - odds).abs() < 1e-12);
+    assert!(
+        grouped.coefficients[0].std_error > 2.0 * only.std_error,
+        "raters who always agree with themselves"
+    );
+    assert!(win_log_odds(&[1, 1, 1], &[1, 1, 1], &[0, 1, 2]).is_err(), "infinite odds");
+    assert!(win_log_odds(&[0, 1], &[1, 1], &[0, 0]).is_err(), "one rater");
+    assert!(win_log_odds(&[2, 1], &[1, 1], &[0, 1]).unwrap_err().to_string().starts_with("row 0: "));
+    assert!(win_log_odds(&[1], &[1, 1], &[0]).is_err() && win_log_odds(&[], &[], &[]).is_err());
+}
