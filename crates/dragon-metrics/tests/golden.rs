@@ -277,3 +277,67 @@ fn hostile_npy_headers_end_in_a_message() {
     let path = folder.path().join("a.csv");
     assert!(files::read_embeddings(&path, None).unwrap_err().to_string().contains("none of .npy"));
 }
+
+#[test]
+fn fadtk_folders_are_written_and_read_as_fadtk_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let rows =
+        files::read_embeddings(&fixture("frechet/case.safetensors"), Some("song_48.reference")).unwrap();
+    for song in ["b.wav", "a.b.mp3"] {
+        files::write_fadtk_embeddings(folder.path(), "clap-laion-music", song, &rows).unwrap();
+    }
+    let read = files::read_fadtk_embeddings(folder.path(), "clap-laion-music").unwrap();
+    assert_eq!(read.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["a.b", "b"]);
+    assert_eq!(read[1].1, Convention::Fadtk11.store(&rows).unwrap(), "f16, as fadtk stores them");
+    let bytes = std::fs::read(folder.path().join("embeddings/clap-laion-music/b.npy")).unwrap();
+    let header = String::from_utf8_lossy(&bytes[10..128]).into_owned();
+    assert!(header.contains("'<f2'") && header.contains("(120, 48)"), "{header}");
+    assert_eq!(bytes.len(), 128 + 2 * 120 * 48);
+
+    let stats = Convention::Fadtk11.stats(&rows).unwrap();
+    files::write_fadtk_stats(folder.path(), "m", &stats).unwrap();
+    let got = files::read_fadtk_stats(folder.path(), "m").unwrap();
+    assert_eq!((got.mean(), got.cov(), got.n()), (stats.mean(), stats.cov(), None));
+
+    let model = folder.path().join("embeddings/clap-laion-music");
+    let message = |model: &str| files::read_fadtk_embeddings(folder.path(), model).unwrap_err().to_string();
+    files::write_embeddings(&model.join("c.npy"), "", &Rows::new(1, 2, vec![0.0; 2]).unwrap()).unwrap();
+    assert!(message("clap-laion-music").contains("c.npy`: embeddings: expected dimension 48, found 2"));
+    std::fs::copy(fixture("files/nan_in_row_2.npy"), model.join("b.npy")).unwrap();
+    assert!(message("clap-laion-music").contains("b.npy`: embeddings: row 2, column 1 is NaN"));
+    std::fs::create_dir(folder.path().join("embeddings/empty")).unwrap();
+    assert!(message("empty").contains("holds no .npy file") && message("none").contains("cannot read"));
+    assert!(files::read_fadtk_stats(folder.path(), "none").unwrap_err().to_string().contains("mu.npy"));
+}
+
+#[test]
+fn many_statistics_share_a_file_and_embeddings_come_in_three_precisions() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("all.npz");
+    let stats = |x: f64| GaussianStats::new(vec![x], vec![x * x], None).unwrap();
+    files::write_all_stats(&path, &[("vggish", &stats(2.0)), ("clap-2023", &stats(3.0))]).unwrap();
+    assert_eq!(files::stats_in(&path).unwrap(), ["clap-2023", "vggish"]);
+    assert_eq!(files::read_stats(&path, Some("vggish")).unwrap(), stats(2.0));
+    assert_eq!(files::read_reference(&path, Some("clap-2023")).unwrap().mean(), [3.0]);
+    let bad = files::read_reference(&fixture("files/not_positive.npz"), None).unwrap_err().to_string();
+    assert!(bad.contains("not_positive.npz") && bad.contains("not positive"), "{bad}");
+
+    let rows = Rows::new(2, 2, vec![0.1, 1e-3, 300.7, -2.0]).unwrap();
+    for (precision, error) in
+        [(files::Precision::F16, 1e-3), (files::Precision::F32, 1e-7), (files::Precision::F64, 0.0)]
+    {
+        for name in ["rows.npy", "rows.npz", "rows.safetensors"] {
+            let path = folder.path().join(name);
+            files::write_embeddings_as(&path, "embeddings", &rows, precision).unwrap();
+            let read = files::read_embeddings(&path, None).unwrap();
+            for (got, want) in read.data().iter().zip(rows.data()) {
+                assert!((got / want - 1.0).abs() <= error, "{name}, {precision:?}: {got} {want}");
+            }
+        }
+    }
+    let large = Rows::new(2, 1, vec![0.0, 7e4]).unwrap();
+    let path = folder.path().join("large.npy");
+    let message =
+        files::write_embeddings_as(&path, "", &large, files::Precision::F16).unwrap_err().to_string();
+    assert!(message.contains("row 1, column 0 is 70000, too large for F16") && !path.exists(), "{message}");
+}

@@ -7,6 +7,47 @@ use half::f16;
 /// Longest `.npy` header read; real ones have 128 bytes.
 const NPY_HEADER_MAX: usize = 64 << 10;
 
+/// Type of the values in a file that is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Precision {
+    /// Half precision, as fadtk and kadtk store embeddings: 3 digits, at most 65504.
+    F16,
+    /// Single precision, what encoders give.
+    F32,
+    /// Double precision: nothing is lost.
+    #[default]
+    F64,
+}
+
+impl Precision {
+    /// Size of a value.
+    pub(super) fn bytes(self) -> usize {
+        match self {
+            Precision::F16 => 2,
+            Precision::F32 => 4,
+            Precision::F64 => 8,
+        }
+    }
+
+    /// The value that a reader will see.
+    pub(super) fn round(self, x: f64) -> f64 {
+        match self {
+            Precision::F16 => f16::from_f64(x).to_f64(),
+            Precision::F32 => f64::from(x as f32),
+            Precision::F64 => x,
+        }
+    }
+
+    /// Little-endian bytes of the values.
+    pub(super) fn encode(self, data: &[f64]) -> Vec<u8> {
+        match self {
+            Precision::F16 => data.iter().flat_map(|x| f16::from_f64(*x).to_le_bytes()).collect(),
+            Precision::F32 => data.iter().flat_map(|x| (*x as f32).to_le_bytes()).collect(),
+            Precision::F64 => data.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        }
+    }
+}
+
 /// An array of numbers of any shape, promoted to f64.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Array {
@@ -22,15 +63,15 @@ pub struct Array {
 /// A sentence saying what is wrong. Never panics, and never sets aside more memory than a small multiple of the input.
 pub fn parse_npy(bytes: &[u8]) -> std::result::Result<Array, String> {
     let mut reader = bytes;
-    let array = npy_from(&mut reader)?;
+    let array = npy_from(&mut reader, bytes.len() as u64)?;
     if !reader.is_empty() {
         return Err(format!("{} bytes follow the array", reader.len()));
     }
     Ok(array)
 }
 
-/// Reads one array from the start of `reader`.
-pub(super) fn npy_from(reader: &mut dyn Read) -> std::result::Result<Array, String> {
+/// Reads one array from the start of `reader`, which says that it holds `available` bytes.
+pub(super) fn npy_from(reader: &mut dyn Read, available: u64) -> std::result::Result<Array, String> {
     let mut start = [0u8; 8];
     reader
         .read_exact(&mut start)
@@ -71,16 +112,19 @@ pub(super) fn npy_from(reader: &mut dyn Read) -> std::result::Result<Array, Stri
         .filter(|n| n.checked_mul(8).is_some_and(|b| b <= isize::MAX as usize))
         .ok_or_else(|| format!("shape {:?} has more elements than memory can address", header.shape))?;
     let bytes = (count * width) as u64;
-    // `take` and growth on demand: a header that promises more than follows costs nothing.
+    let cut_short = |found: u64| {
+        let Header { shape, descr, .. } = &header;
+        format!("shape {shape:?} of {descr} needs {bytes} bytes, found {found}; was the file cut short?")
+    };
+    let left = available.saturating_sub((8 + length_bytes + length) as u64);
+    if bytes > left {
+        return Err(cut_short(left));
+    }
+    // `take` and growth on demand: where `available` is wrong too, what is set aside follows what is there.
     let mut raw = Vec::new();
     reader.take(bytes).read_to_end(&mut raw).map_err(|e| format!("cannot read the values: {e}"))?;
     if raw.len() as u64 != bytes {
-        return Err(format!(
-            "shape {:?} of {} needs {bytes} bytes, found {}; was the file cut short?",
-            header.shape,
-            header.descr,
-            raw.len()
-        ));
+        return Err(cut_short(raw.len() as u64));
     }
     if swap {
         raw.chunks_exact_mut(width).for_each(<[u8]>::reverse);
@@ -167,20 +211,21 @@ fn quoted(text: &str) -> Option<(&str, &str)> {
     text[1..].split_once(quote)
 }
 
-/// An array as the bytes of a `.npy` file of f64.
-pub(super) fn npy_bytes(array: &Array) -> Vec<u8> {
+/// An array as the bytes of a `.npy` file, its values rounded to `precision`.
+pub(super) fn npy_bytes(array: &Array, precision: Precision) -> Vec<u8> {
     let axes: String = array.shape.iter().map(|d| format!("{d}, ")).collect();
     let axes = if array.shape.len() == 1 { axes.trim_end() } else { axes.trim_end_matches(", ") };
-    let mut header = format!("{{'descr': '<f8', 'fortran_order': False, 'shape': ({axes}), }}");
+    let descr = format!("<f{}", precision.bytes());
+    let mut header = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({axes}), }}");
     // Magic, version and length take 10 bytes; numpy pads to a multiple of 64 and ends in a newline.
     let padding = (64 - (10 + header.len() + 1) % 64) % 64;
     header.extend(std::iter::repeat_n(' ', padding));
     header.push('\n');
-    let mut out = Vec::with_capacity(10 + header.len() + 8 * array.data.len());
+    let mut out = Vec::with_capacity(10 + header.len() + precision.bytes() * array.data.len());
     out.extend_from_slice(b"\x93NUMPY\x01\x00");
     out.extend_from_slice(&(header.len() as u16).to_le_bytes());
     out.extend_from_slice(header.as_bytes());
-    array.data.iter().for_each(|v| out.extend_from_slice(&v.to_le_bytes()));
+    out.extend(precision.encode(&array.data));
     out
 }
 
