@@ -12,6 +12,15 @@
 //! - [`files`]: reference statistics (`.npz` as fadtk writes them, safetensors) and embeddings (`.npy`, `.npz`, safetensors).
 //! - [`linalg`]: the two eigenvalue routines and products that the rest is made of.
 //!
+//! ```
+//! use dragon_metrics::{FrechetReference, Rows};
+//! let reference = Rows::new(3, 2, vec![0.0, 0.0, 1.0, 0.0, 0.0, 1.0])?; // [N, D], row after row
+//! let generated = Rows::from_vecs(&[[0.5, 0.0], [1.5, 0.0], [0.5, 1.0]])?; // the same, moved by (1/2, 0)
+//! let fad = FrechetReference::from_rows(&reference)?.distance(&generated)?;
+//! assert!((fad - 0.25).abs() < 1e-12);
+//! # Ok::<(), dragon_metrics::Error>(())
+//! ```
+//!
 //! Every product and every eigenproblem runs on one thread; parallelism is over songs or subsets only, so no result
 //! depends on the number of threads. Nothing here draws random numbers except [`mod@bootstrap`], [`mod@fad_inf`] and [`regression::cross_validate`],
 //! from a documented generator and a seed that the caller gives.

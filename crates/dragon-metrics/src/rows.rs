@@ -207,6 +207,15 @@ impl Rows {
     }
 }
 
+impl TryFrom<&nalgebra::DMatrix<f64>> for Rows {
+    type Error = Error;
+
+    /// One embedding a row of the matrix.
+    fn try_from(matrix: &nalgebra::DMatrix<f64>) -> Result<Self> {
+        Self::new(matrix.nrows(), matrix.ncols(), matrix.transpose().as_slice().to_vec())
+    }
+}
+
 /// View of row-major values as an `[n, dim]` matrix.
 pub(crate) fn view(data: &[f64], n: usize, dim: usize) -> MatRef<'_, f64> {
     MatRef::from_row_major_slice(data, n, dim)

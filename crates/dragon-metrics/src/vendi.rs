@@ -37,8 +37,8 @@ pub fn vendi_order(rows: &Rows, q: f64) -> Result<f64> {
     vendi_weighted(rows, &vec![1.0 / n as f64; n], q)
 }
 
-/// Vendi score of order `q` where row `i` has probability `p[i]`: the eigenvalues of `sqrt(p_i p_j) k_ij`. In
-/// [1, number of rows with p > 0].
+/// Vendi score of order `q` where row `i` has probability `p[i]`: the eigenvalues of `sqrt(p_i p_j) k_ij`. From
+/// 1 to the number of rows with a probability above 0.
 ///
 /// # Errors
 /// As [`vendi_order`], and if `p` does not have one entry a row, one is negative, or they do not sum to 1 within 1e-9.

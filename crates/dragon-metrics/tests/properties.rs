@@ -112,6 +112,18 @@ proptest! {
 }
 
 #[test]
+fn a_nalgebra_matrix_has_its_rows_as_embeddings() {
+    let matrix = nalgebra::DMatrix::from_row_slice(2, 3, &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    assert_eq!(
+        Rows::try_from(&matrix).unwrap(),
+        Rows::from_vecs(&[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).unwrap()
+    );
+    let message =
+        Rows::try_from(&nalgebra::DMatrix::from_row_slice(2, 1, &[0.0, f64::NAN])).unwrap_err().to_string();
+    assert!(message.contains("row 1, column 0 is NaN"), "{message}");
+}
+
+#[test]
 fn streaming_moments_equal_the_whole() {
     let all = rows(3, 100, 17, 0.9);
     let whole = GaussianStats::fit(&all).unwrap();
