@@ -143,7 +143,8 @@ fn streaming_moments_equal_the_whole() {
 
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() {
-    let reference = FrechetReference::from_rows(&rows(1, 300, 64, 0.95)).unwrap();
+    let many = rows(1, 600, 64, 0.95);
+    let reference = FrechetReference::from_rows(&many).unwrap();
     let songs: Vec<Rows> = (0..30).map(|i| rows(50 + i, 9, 64, 0.95)).collect();
     let songs: Vec<&Rows> = songs.iter().collect();
     let subsets = bootstrap_indices(9, 20, 12, 30).unwrap();
@@ -153,7 +154,14 @@ fn results_do_not_depend_on_the_number_of_threads() {
             let pool = FrechetPool::new(&reference, &songs).unwrap();
             let paired =
                 paired_bootstrap(&subsets, |s| pool.distance(s), |s| pool.distance(&s[1..]), Better::Lower);
-            (per_song_fad(&reference, &songs).unwrap(), paired.unwrap())
+            let all = Rows::concat(&songs).unwrap();
+            let options = FadInfOptions { min_rows: 40, steps: 5, ..Default::default() };
+            let kernel = KadReference::new(&many, Kernel::Gaussian).unwrap();
+            let kad =
+                (kernel.kad(&all).unwrap(), KadPool::new(&kernel, &songs).unwrap().kad(&subsets[0]).unwrap());
+            let shares = prdc(&many, &all, 5).unwrap();
+            let line = fad_inf(&reference, &all, options).unwrap();
+            (per_song_fad(&reference, &songs).unwrap(), paired.unwrap(), kad, shares, line)
         })
     };
     assert_eq!(run(1), run(4));
@@ -340,6 +348,33 @@ proptest! {
         let ratio = ((n as f64 - 1.0) * 2.0 / (2.0 * n as f64 - 1.0)).sqrt();
         let trace = GaussianStats::fit(&x).unwrap().trace();
         prop_assert!((distance(&twice, &x) - trace * (1.0 - ratio).powi(2)).abs() < 1e-8);
+    }
+
+    #[test]
+    fn a_greedy_pass_never_makes_the_set_worse(
+        seed in 0u64..1_000_000, dim in 1usize..16, length in 1usize..5, pairs in 2usize..9,
+    ) {
+        // Algorithm 1 with the negative distance as reward.
+        let reference = FrechetReference::from_rows(&rows(seed, 60, dim, 0.9)).unwrap();
+        let songs: Vec<Rows> = (0..2 * pairs as u64).map(|i| rows(seed + 10 + i, length, dim, 0.8)).collect();
+        let songs: Vec<&Rows> = songs.iter().collect();
+        let mut walk = FrechetPool::new(&reference, &songs).unwrap().into_walk();
+        let (first, second): (Vec<usize>, Vec<usize>) = ((0..pairs).collect(), (pairs..2 * pairs).collect());
+        let start = walk.distance(&first).unwrap().min(walk.distance(&second).unwrap());
+        let mut chosen = if walk.distance(&second).unwrap() < walk.distance(&first).unwrap() { second } else { first };
+        let mut best = start;
+        for i in 0..pairs {
+            let mut swapped = chosen.clone();
+            swapped[i] = (swapped[i] + pairs) % (2 * pairs);
+            let distance = walk.distance(&swapped).unwrap();
+            if distance < best {
+                (chosen, best) = (swapped, distance);
+            }
+        }
+        prop_assert!(best <= start);
+        prop_assert!(chosen.iter().enumerate().all(|(i, s)| s % pairs == i), "pairs stay at their places");
+        let rows = Rows::concat(&chosen.iter().map(|&s| songs[s]).collect::<Vec<_>>()).unwrap();
+        prop_assert!((reference.distance(&rows).unwrap() - best).abs() < 1e-9, "the walk does not drift");
     }
 
     #[test]
