@@ -147,8 +147,10 @@ pub fn tempo_bpm(samples: &[f32], sample_rate_hz: u32) -> Option<f64> {
     };
     let strength = |bpm: f64| {
         let beat = 60.0 * 100.0 / bpm; // frames
-        let sum: f64 =
-            [(1.0, 1.0), (2.0, 0.5), (3.0, 0.33), (4.0, 0.25), (0.5, 0.3)].iter().map(|(k, w)| w * at(beat * k)).sum();
+        let sum: f64 = [(1.0, 1.0), (2.0, 0.5), (3.0, 0.33), (4.0, 0.25), (0.5, 0.3)]
+            .iter()
+            .map(|(k, w)| w * at(beat * k))
+            .sum();
         sum * (-0.5 * ((bpm / 100.0).log2() / 0.8).powi(2)).exp()
     };
     let bpms = (0..400).map(|i| 40.0 * 5f64.powf(f64::from(i) / 399.0));
@@ -169,8 +171,9 @@ mod tests {
             let first = (start * f64::from(RATE)) as usize;
             for (i, x) in out[first..].iter_mut().take(RATE as usize / 2).enumerate() {
                 let t = i as f64 / f64::from(RATE);
-                let tone: f64 =
-                    (1..=4).map(|h| (std::f64::consts::TAU * hz * f64::from(h) * t).sin() / f64::from(h)).sum();
+                let tone: f64 = (1..=4)
+                    .map(|h| (std::f64::consts::TAU * hz * f64::from(h) * t).sin() / f64::from(h))
+                    .sum();
                 *x += (0.2 * tone * (-6.0 * t).exp()) as f32;
             }
         }
@@ -179,9 +182,10 @@ mod tests {
 
     #[test]
     fn a_scale_with_its_chord_has_its_key() {
-        for (tonic, minor, steps) in
-            [(62.0, false, [0, 2, 4, 5, 7, 9, 11, 12, 7, 4, 0]), (57.0, true, [0, 2, 3, 5, 7, 8, 10, 12, 7, 3, 0])]
-        {
+        for (tonic, minor, steps) in [
+            (62.0, false, [0, 2, 4, 5, 7, 9, 11, 12, 7, 4, 0]),
+            (57.0, true, [0, 2, 3, 5, 7, 8, 10, 12, 7, 3, 0]),
+        ] {
             let notes: Vec<(f64, f64)> =
                 steps.iter().enumerate().map(|(i, s)| (0.3 * i as f64, tonic + f64::from(*s))).collect();
             let found = key(&play(&notes, 4.0), RATE).unwrap();
@@ -207,9 +211,12 @@ mod tests {
 
     #[test]
     fn keys_are_read_by_their_third() {
-        for (text, name) in
-            [("Ab major", "Ab major"), ("A dorian", "A minor"), ("F# mixolydian", "F# major"), ("Db minor", "C# minor")]
-        {
+        for (text, name) in [
+            ("Ab major", "Ab major"),
+            ("A dorian", "A minor"),
+            ("F# mixolydian", "F# major"),
+            ("Db minor", "C# minor"),
+        ] {
             assert_eq!(text.parse::<Key>().map(|k| k.to_string()), Ok(name.to_owned()));
         }
         for text in ["", "H major", "C", "C blues", "C## major"] {

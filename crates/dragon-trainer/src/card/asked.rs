@@ -109,7 +109,8 @@ pub(super) fn caption_tests(
         // Key and tempo, right or wrong; a caption decides only where one of the two songs is right.
         let keys: Vec<Option<Key>> = captions.iter().map(|caption| asked_key(caption)).collect();
         let bpms: Vec<Option<f64>> = captions.iter().map(|caption| asked_bpm(caption)).collect();
-        let right_key = |song: usize, caption: usize| keys[caption].map(|asked| system.keys[song] == Some(asked));
+        let right_key =
+            |song: usize, caption: usize| keys[caption].map(|asked| system.keys[song] == Some(asked));
         let right_bpm = |song: usize, caption: usize| {
             bpms[caption].map(|asked| system.bpms[song].is_some_and(|found| same_tempo(found, asked)))
         };

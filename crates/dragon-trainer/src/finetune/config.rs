@@ -77,6 +77,12 @@ pub struct UpdateConfig {
     pub weighting: Weighting,
     /// Noise levels and noises drawn per demonstration and step: they average the loss without new generations; paper 1.
     pub draws: usize,
+    /// Noise levels that are learned from: mean of `ln sigma`; left out, as the model was trained (the paper names none).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub p_mean: Option<f64>,
+    /// Standard deviation of `ln sigma`; left out, as the model was trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub p_std: Option<f64>,
     /// Probability that a demonstration is learned without its prompt; paper 0.1.
     pub condition_dropout: f64,
     /// Demonstrations in memory at a time, even; changes the result by rounding only.
@@ -140,6 +146,12 @@ impl FinetuneConfig {
             if !(0.0..=1.0).contains(&value) {
                 return Err(Error::config(key, "a number in [0, 1]", value));
             }
+        }
+        if let Some(mean) = self.update.p_mean.filter(|mean| !mean.is_finite()) {
+            return Err(Error::config("update.p_mean", "a number", mean));
+        }
+        if let Some(std) = self.update.p_std.filter(|std| !(std.is_finite() && *std > 0.0)) {
+            return Err(Error::config("update.p_std", "a number above 0", std));
         }
         if self.update.ema_decay == 1.0 {
             return Err(Error::config("update.ema_decay", "a number below 1", 1.0));

@@ -3,7 +3,7 @@
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor};
-use dragon_diffusion::{Model, denoising_errors};
+use dragon_diffusion::{Edm, Model, denoising_errors};
 use dragon_nn::{Params, Rng};
 use dragon_rewards::Demonstrations;
 
@@ -61,7 +61,13 @@ impl FinetuneTask<'_> {
         };
         let (_, channels, frames) = self.bundle.latent_shape(1);
         let count = groups.len() * self.cfg.update.draws;
-        let sigmas = self.bundle.dit_config.edm.sample_sigmas_stratified(count, rng);
+        let (own, trained) = (&self.cfg.update, &self.bundle.dit_config.edm);
+        let levels = Edm {
+            p_mean: own.p_mean.unwrap_or(trained.p_mean),
+            p_std: own.p_std.unwrap_or(trained.p_std),
+            ..*trained
+        };
+        let sigmas = levels.sample_sigmas_stratified(count, rng);
         let noise = rng.normal_tensor((count.max(1), channels, frames), DType::F32, &self.bundle.device)?;
         let mut rows = Vec::with_capacity(2 * count);
         for (i, &sigma) in sigmas.iter().enumerate() {

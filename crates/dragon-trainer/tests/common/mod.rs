@@ -108,6 +108,9 @@ fn config_for(dir: &Path) -> FinetuneConfig {
         update: UpdateConfig {
             weighting: Weighting::Edm,
             draws: 2,
+            warmup_steps: 1,
+            p_mean: None,
+            p_std: None,
             condition_dropout: 0.1,
             micro_batch: 6,
             optimizer: AdamWConfig {
