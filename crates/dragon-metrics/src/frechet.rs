@@ -5,16 +5,18 @@
 //! `min(different rows - 1, D)` of them are not zero; the others are rounding and are dropped, never by a threshold.
 //! The tests compare with 40-digit arithmetic to 1e-9 (`fixtures/dragon-metrics/frechet`).
 //!
-//! Limit: an eigenvalue of the product that is below 1e-16 of the largest is lost in rounding, and its root is off by
-//! up to 1e-8 of the largest root. A handful of such directions does not show; a reference of which most directions are
-//! linearly dependent (rank far below D, given as a covariance) is good to about 1e-6 only. A reference made from at most
-//! D rows by [`FrechetReference::from_rows`] does not have this limit.
+//! An eigenvalue of the product below 1e-16 of the largest is lost in rounding, and its root is off by up to 1e-8 of the
+//! largest root. A handful of such directions does not show; where they would, the roots are computed as singular values
+//! of `Y` itself, which loses nothing. Limit: a covariance given as numbers has itself lost its directions below 1e-16 of
+//! the largest; with many of them (rank far below D, number of rows unknown) the distance is good to about 1e-6 only. A
+//! reference made from rows by [`FrechetReference::from_rows`] does not have this limit.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use faer::Mat;
+use faer::linalg::matmul::matmul;
+use faer::{Accum, Mat, MatRef, Par, Scale, Side};
 use rayon::prelude::*;
 
 use crate::linalg::{
@@ -25,6 +27,13 @@ use crate::{Error, GaussianStats, Result, Rows};
 
 /// Negative eigenvalue of a covariance that still counts as rounding, as a fraction of the largest.
 const POSITIVITY_TOLERANCE: f64 = 1e-6;
+/// Pivot of Cholesky's factor, as a fraction of the largest, below which another factor is made.
+const SMALLEST_PIVOT: f64 = 1e-11;
+/// Columns of a triangular factor that are multiplied at once.
+const COLUMNS: usize = 64;
+/// Error of a sum of roots, estimated for the worst case and as a fraction of the sum, that is accepted; errors seen are
+/// a tenth of the estimate.
+const GRAM_ERROR: f64 = 5e-9;
 /// Largest pool, in rows, whose Gram matrix is kept whole (72 MB).
 const GRAM_MAX_ROWS: usize = 3000;
 /// Largest table of second moments per song that a pool keeps, in bytes.
@@ -54,9 +63,12 @@ pub fn per_song_fad(reference: &FrechetReference, songs: &[&Rows]) -> Result<Vec
 #[derive(Debug, Clone)]
 pub struct FrechetReference {
     mean: Vec<f64>,
-    /// `L [D, r]` with `S = L Lᵀ`: eigenvectors times roots of eigenvalues, or the centred rows themselves when they
-    /// are fewer than D. (`R = S^½ = L Vᵀ` gives the same eigenvalues, since V is orthogonal.)
+    /// `L [D, r]` with `S = L Lᵀ`: Cholesky's factor; where `S` is nearly singular, eigenvectors times roots of
+    /// eigenvalues, or `Rᵀ` of a QR decomposition of the centred rows; or the rows themselves when they are fewer than D.
+    /// (`R = S^½ = L Vᵀ` gives the same eigenvalues, since V is orthogonal.)
     factor: Mat<f64>,
+    /// Whether `factor` is lower triangular, which halves the work of a projection.
+    triangular: bool,
     trace: f64,
     rank: usize,
 }
@@ -67,6 +79,16 @@ impl FrechetReference {
     /// # Errors
     /// If an eigenvalue is below -1e-6 of the largest (negative ones above that are taken as zero).
     pub fn new(stats: &GaussianStats) -> Result<Self> {
+        if let Some(factor) = cholesky(stats) {
+            let rank = stats.dim();
+            return Ok(Self {
+                mean: stats.mean().to_vec(),
+                factor,
+                triangular: true,
+                trace: stats.trace(),
+                rank,
+            });
+        }
         let dim = stats.dim();
         let (values, vectors) = symmetric_eigen(view(stats.cov(), dim, dim))?;
         let (smallest, largest) = (values[0], values[dim - 1]);
@@ -75,7 +97,8 @@ impl FrechetReference {
         }
         let kept: Vec<usize> = (dim - stats.rank_bound()..dim).filter(|&k| values[k] > 0.0).collect();
         let factor = Mat::from_fn(dim, kept.len(), |i, k| vectors[(i, kept[k])] * values[kept[k]].sqrt());
-        Ok(Self { mean: stats.mean().to_vec(), factor, trace: stats.trace(), rank: kept.len() })
+        let (trace, rank) = (stats.trace(), kept.len());
+        Ok(Self { mean: stats.mean().to_vec(), factor, triangular: false, trace, rank })
     }
 
     /// The reference of a set of embeddings; exact also where there are fewer rows than dimensions.
@@ -85,7 +108,19 @@ impl FrechetReference {
     pub fn from_rows(rows: &Rows) -> Result<Self> {
         let (n, dim) = (rows.n(), rows.dim());
         if n > dim {
-            return Self::new(&GaussianStats::fit(rows)?);
+            let stats = GaussianStats::fit(rows)?;
+            if let Some(factor) = cholesky(&stats) {
+                let (mean, trace) = (stats.mean().to_vec(), stats.trace());
+                return Ok(Self { mean, factor, triangular: true, trace, rank: dim });
+            }
+            // Squaring the rows into a covariance has lost the small directions; QR has not.
+            let centered = rows.centered(stats.mean());
+            let root = (1.0 / (n as f64 - 1.0)).sqrt();
+            let qr = view(&centered, n, dim).qr();
+            let r = qr.R();
+            let factor = Mat::from_fn(dim, dim, |i, k| if i < k { 0.0 } else { r[(k, i)] * root });
+            let (trace, rank) = (dot(&centered, &centered) * root * root, (rows.unique() - 1).min(dim));
+            return Ok(Self { mean: stats.mean().to_vec(), factor, triangular: true, trace, rank });
         }
         if n < 2 {
             return Err(Error::TooFew { what: "reference embeddings", expected: 2, found: n });
@@ -96,7 +131,7 @@ impl FrechetReference {
         let root = scale.sqrt();
         let factor = Mat::from_fn(dim, n, |i, k| centered[k * dim + i] * root);
         let trace = dot(&centered, &centered) * scale;
-        Ok(Self { mean, factor, trace, rank: rows.unique() - 1 })
+        Ok(Self { mean, factor, triangular: false, trace, rank: rows.unique() - 1 })
     }
 
     /// Dimension `D`.
@@ -139,9 +174,13 @@ impl FrechetReference {
         let keep = stats.rank_bound().min(self.rank);
         let mut cross = 0.0;
         if keep > 0 {
-            let half = product(view(stats.cov(), dim, dim), self.factor.as_ref()); // [D, r]
+            let half = self.project(view(stats.cov(), dim, dim)); // [D, r]
             let whole = product(self.factor.transpose(), half.as_ref()); // [r, r]
-            cross = sum_of_roots(&symmetric_eigenvalues(whole.as_ref())?, keep);
+            let values = symmetric_eigenvalues(whole.as_ref())?;
+            cross = roots_or(&values, keep, || {
+                let other = FrechetReference::new(stats)?;
+                Ok(product(other.factor.transpose(), self.factor.as_ref())) // singular values: roots of `whole`'s
+            })?;
         }
         Ok(self.combine(stats.mean(), stats.trace(), cross))
     }
@@ -159,12 +198,29 @@ impl FrechetReference {
         let keep = (rows.unique() - 1).min(self.rank);
         let mut cross = 0.0;
         if keep > 0 {
-            let y = product(view(&centered, n, rows.dim()), self.factor.as_ref()); // [n, r]
+            let y = self.project(view(&centered, n, rows.dim())); // [n, r]
             let gram =
                 if n <= y.ncols() { gram_lower(y.as_ref(), scale) } else { gram_lower(y.transpose(), scale) };
-            cross = sum_of_roots(&symmetric_eigenvalues(gram.as_ref())?, keep);
+            let values = symmetric_eigenvalues(gram.as_ref())?;
+            cross = roots_or(&values, keep, || Ok(&y * Scale(scale.sqrt())))?;
         }
         Ok((mean, dot(&centered, &centered) * scale, cross))
+    }
+
+    /// `x L`, `[n, r]`.
+    fn project(&self, x: MatRef<'_, f64>) -> Mat<f64> {
+        if !self.triangular {
+            return product(x, self.factor.as_ref());
+        }
+        let dim = self.dim();
+        let mut y = Mat::zeros(x.nrows(), dim);
+        for first in (0..dim).step_by(COLUMNS) {
+            let columns = COLUMNS.min(dim - first);
+            let factor = self.factor.submatrix(first, first, dim - first, columns);
+            let to = y.subcols_mut(first, columns);
+            matmul(to, Accum::Replace, x.subcols(first, dim - first), factor, 1.0, Par::Seq);
+        }
+        y
     }
 
     fn check(&self, rows: &Rows) -> Result<()> {
@@ -182,6 +238,39 @@ impl FrechetReference {
         let shift: f64 = mean.iter().zip(&self.mean).map(|(a, b)| (a - b) * (a - b)).sum();
         shift + trace + self.trace - 2.0 * cross
     }
+}
+
+/// Cholesky's factor, lower triangular, unless a pivot is so small that the covariance may be singular.
+fn cholesky(stats: &GaussianStats) -> Option<Mat<f64>> {
+    let dim = stats.dim();
+    if stats.rank_bound() < dim {
+        return None;
+    }
+    let factor = view(stats.cov(), dim, dim).llt(Side::Lower).ok()?.L().to_owned();
+    let pivots = || (0..dim).map(|i| factor[(i, i)].powi(2));
+    let (smallest, largest) = (pivots().fold(f64::INFINITY, f64::min), pivots().fold(0.0, f64::max));
+    (smallest > SMALLEST_PIVOT * largest).then(|| {
+        let mut factor = factor;
+        for k in 1..dim {
+            factor.col_as_slice_mut(k)[..k].fill(0.0);
+        }
+        factor
+    })
+}
+
+/// Sum of the singular values of `Y`: roots of the eigenvalues of its Gram matrix, of which `keep` are not rounding; by a
+/// singular value decomposition of `Y` itself where too many of these eigenvalues are lost beside the largest.
+fn roots_or(rising: &[f64], keep: usize, y: impl FnOnce() -> Result<Mat<f64>>) -> Result<f64> {
+    let sum = sum_of_roots(rising, keep);
+    let lost = rising.last().copied().unwrap_or(0.0) * 0.5 * f64::EPSILON;
+    let kept = &rising[rising.len().saturating_sub(keep)..];
+    let error: f64 = kept.iter().map(|v| lost.sqrt().min(0.5 * lost / v.max(0.0).sqrt())).sum();
+    if error <= GRAM_ERROR * sum {
+        return Ok(sum);
+    }
+    let y = y()?;
+    let values = y.singular_values().map_err(|_| Error::NoConvergence { size: y.ncols().min(y.nrows()) })?;
+    Ok(values.iter().take(keep).sum())
 }
 
 /// A fixed pool of songs and one reference: the distance of any multiset of the songs, fast.
@@ -231,7 +320,7 @@ impl<'a> FrechetPool<'a> {
         let mut y = vec![0.0; n * r];
         // Blocks of rows, so that a large pool projects on all threads; each block's result is its own.
         y.par_chunks_mut((256 * r).max(1)).zip(centered.par_chunks(256 * dim)).for_each(|(y, x)| {
-            let block = product(view(x, x.len() / dim, dim), reference.factor.as_ref());
+            let block = reference.project(view(x, x.len() / dim, dim));
             for (i, row) in y.chunks_exact_mut(r).enumerate() {
                 for (k, v) in row.iter_mut().enumerate() {
                     *v = block[(i, k)];
@@ -395,7 +484,20 @@ impl<'a> FrechetPool<'a> {
                 *x = (*x - mean + offset) * (factor * root);
             }
         }
-        Ok(sum_of_roots(&symmetric_eigenvalues(k.as_ref())?, plan.keep))
+        roots_or(&symmetric_eigenvalues(k.as_ref())?, plan.keep, || Ok(self.weighted(plan)))
+    }
+
+    /// The projected rows of a subset about their mean, times `sqrt(weight/(n - 1))`.
+    fn weighted(&self, plan: &Plan) -> Mat<f64> {
+        let r = self.r();
+        let row = |i: usize| &self.y[i * r..(i + 1) * r];
+        let mut mean = vec![0.0; r];
+        for (&i, w) in plan.rows.iter().zip(&plan.row_weights) {
+            mean.iter_mut().zip(row(i)).for_each(|(m, y)| *m += w * y / plan.n);
+        }
+        Mat::from_fn(plan.rows.len(), r, |i, k| {
+            (row(plan.rows[i])[k] - mean[k]) * (plan.row_weights[i] / (plan.n - 1.0)).sqrt()
+        })
     }
 
     /// Lower triangle of `second += Σ weight_s Y_sᵀ Y_s`.
@@ -452,7 +554,7 @@ impl<'a> FrechetPool<'a> {
                 *to = (*to - mi * mj) * scale;
             }
         }
-        Ok(sum_of_roots(&symmetric_eigenvalues(second.as_ref())?, plan.keep))
+        roots_or(&symmetric_eigenvalues(second.as_ref())?, plan.keep, || Ok(self.weighted(plan)))
     }
 }
 
@@ -521,5 +623,73 @@ impl FrechetWalk<'_> {
         }
         let cross = pool.cross_by_moments(&plan, second)?;
         Ok(pool.finish(&plan, cross))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bootstrap::SplitMix64;
+
+    /// Rows whose coordinate `k` has standard deviation near `decay^k`, as given and turned by a rotation that mixes
+    /// coordinates, so that nothing about the small directions can be read off a column.
+    fn rows(seed: u64, n: usize, dim: usize, decay: f64) -> Rows {
+        let mut rng = SplitMix64(seed);
+        let mut data: Vec<f64> = (0..n * dim)
+            .map(|i| ((rng.next() >> 11) as f64 / (1u64 << 52) as f64 - 1.0) * decay.powi((i % dim) as i32))
+            .collect();
+        let mut axis = SplitMix64(99);
+        let axis: Vec<f64> = (0..dim).map(|_| (axis.next() >> 11) as f64 / (1u64 << 53) as f64).collect();
+        for row in data.chunks_exact_mut(dim) {
+            let along = 2.0 * dot(row, &axis) / dot(&axis, &axis);
+            row.iter_mut().zip(&axis).for_each(|(x, a)| *x -= along * a);
+        }
+        Rows::new(n, dim, data).unwrap()
+    }
+
+    /// The same rows with coordinates that repeat earlier ones: each distance is that of the rows with these coordinates
+    /// scaled by `√2`, and every covariance is singular.
+    fn repeated(rows: &Rows) -> (Rows, Rows) {
+        let twice = rows.iter().flat_map(|row| [row, row].concat()).collect();
+        let scaled = rows.data().iter().map(|x| x * 2.0f64.sqrt()).collect();
+        (
+            Rows::new(rows.n(), 2 * rows.dim(), twice).unwrap(),
+            Rows::new(rows.n(), rows.dim(), scaled).unwrap(),
+        )
+    }
+
+    #[test]
+    fn a_singular_reference_of_many_rows_is_exact_to_1e_9() {
+        for (seed, n, decay) in [(1, 5, 0.9), (2, 40, 0.9), (3, 90, 0.8), (4, 90, 0.3)] {
+            let (reference, small_reference) = repeated(&rows(seed + 10, 120, 20, decay));
+            let (set, small_set) = repeated(&rows(seed, n, 20, 0.9));
+            let singular = FrechetReference::from_rows(&reference).unwrap();
+            let got = singular.distance(&set).unwrap();
+            let want = FrechetReference::from_rows(&small_reference).unwrap().distance(&small_set).unwrap();
+            assert!((got - want).abs() < 1e-9 * want, "{n} rows, decay {decay}: {got:e}, want {want:e}");
+            let pool = FrechetPool::new(&singular, &[&set]).unwrap();
+            assert!(
+                (pool.distance(&[0]).unwrap() - want).abs() < 1e-9 * want,
+                "pool, {n} rows, decay {decay}"
+            );
+        }
+    }
+
+    #[test]
+    fn cholesky_is_taken_for_regular_covariances_only_and_gives_the_same_distances() {
+        let regular = GaussianStats::fit(&rows(5, 300, 70, 0.95)).unwrap();
+        let by_cholesky = FrechetReference::new(&regular).unwrap();
+        assert!(by_cholesky.triangular);
+        // With a count that bounds the rank, the eigenvectors are taken.
+        let bounded = GaussianStats::new(regular.mean().to_vec(), regular.cov().to_vec(), Some(70)).unwrap();
+        let by_vectors = FrechetReference::new(&bounded).unwrap();
+        assert!(!by_vectors.triangular);
+        assert!(
+            !FrechetReference::new(&GaussianStats::fit(&rows(5, 300, 30, 0.3)).unwrap()).unwrap().triangular
+        );
+        let set = rows(6, 20, 70, 0.95);
+        let (a, b) = (by_cholesky.distance(&set).unwrap(), by_vectors.distance(&set).unwrap());
+        // `bounded` drops the smallest direction of 70.
+        assert!((a - b).abs() < 0.05 * a && a < b + 1e-12, "{a} {b}");
     }
 }

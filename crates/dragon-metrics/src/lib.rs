@@ -41,6 +41,7 @@ mod pairwise;
 pub mod prdc;
 pub mod regression;
 pub mod rows;
+mod tridiagonal;
 pub mod vendi;
 pub mod win_rate;
 
