@@ -184,7 +184,7 @@ mod tests {
     fn a_scale_with_its_chord_has_its_key() {
         for (tonic, minor, steps) in [
             (62.0, false, [0, 2, 4, 5, 7, 9, 11, 12, 7, 4, 0]),
-            (57.0, true, [0, 2, 3, 5, 7, 8, 10, 12, 7, 3, 0]),
+            (57.0, true, [0, 2, 3, 5, 7, 8, 11, 12, 7, 3, 0]),
         ] {
             let notes: Vec<(f64, f64)> =
                 steps.iter().enumerate().map(|(i, s)| (0.3 * i as f64, tonic + f64::from(*s))).collect();
