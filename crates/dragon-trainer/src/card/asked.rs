@@ -114,9 +114,10 @@ pub(super) fn caption_tests(
         let right_bpm = |song: usize, caption: usize| {
             bpms[caption].map(|asked| system.bpms[song].is_some_and(|found| same_tempo(found, asked)))
         };
-        let judges: [(&str, &dyn Fn(usize, usize) -> Option<bool>); 2] =
-            [("key (estimated)", &right_key), ("tempo (estimated)", &right_bpm)];
-        for (judge, right) in judges {
+        type Right<'a> = &'a dyn Fn(usize, usize) -> Option<bool>;
+        for (judge, right) in
+            [("key (estimated)", &right_key as Right), ("tempo (estimated)", &right_bpm as Right)]
+        {
             let pairs: Vec<(f64, f64)> = (0..n)
                 .filter_map(|i| Some((right(i, i)?, right((i + n / 2) % n, i)?)))
                 .map(|(own, other)| (f64::from(u8::from(own)), f64::from(u8::from(other))))
