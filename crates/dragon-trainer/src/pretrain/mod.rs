@@ -232,6 +232,7 @@ pub fn run_in(
     let model_dir = folder.dir().join("model");
     let (per_step, unit) = task.throughput();
     let mut meter = Meter::new(ctx.progress, cfg.steps, next_step, per_step, unit);
+    let mut saved = next_step;
     while next_step < cfg.steps && !ctx.stopped() {
         let step = next_step;
         let started = Instant::now();
@@ -247,13 +248,19 @@ pub fn run_in(
         }
         folder.log(step, &values)?;
         folder.log_timing(step, &[("time/step_s", started.elapsed().as_secs_f64())])?;
-        if next_step.is_multiple_of(cfg.checkpoint_every) || at_end || ctx.stopped() {
+        if next_step.is_multiple_of(cfg.checkpoint_every) {
             last = Some(save(folder, task, next_step, seed, cfg.keep_checkpoints)?);
             export(task, &model_dir)?;
+            saved = next_step;
         }
         meter.update(next_step, &values, task.headline(), next_step.is_multiple_of(cfg.log_every));
     }
     meter.finish();
+    // The end, or a stop, which may come at any moment.
+    if saved < next_step {
+        last = Some(save(folder, task, next_step, seed, cfg.keep_checkpoints)?);
+        export(task, &model_dir)?;
+    }
     if !model_dir.exists() {
         export(task, &model_dir)?;
     }
