@@ -92,7 +92,7 @@ pub(super) fn caption_tests(
             .iter()
             .map(|caption| {
                 let caption = caption.to_lowercase();
-                let words: Vec<&str> = caption.split(|c: char| !c.is_alphanumeric()).collect();
+                let words: Vec<&str> = words(&caption).collect();
                 (0..tags.len()).filter(|&t| words.contains(&tags[t].as_str())).collect()
             })
             .collect();

@@ -108,8 +108,8 @@ fn config_for(dir: &Path) -> FinetuneConfig {
         update: UpdateConfig {
             weighting: Weighting::Edm,
             draws: 2,
-            warmup_steps: 1,
-            p_mean: None,
+            warmup_steps: 2,
+            p_mean: Some(0.5),
             p_std: None,
             condition_dropout: 0.1,
             micro_batch: 6,
