@@ -62,17 +62,17 @@ fn measure() {
         let (first, second) = (songs(100), songs(200));
         let (first, second): (Vec<&Song>, Vec<&Song>) = (first.iter().collect(), second.iter().collect());
         let reward = DatasetFad { slot: 0, reference: Arc::clone(&reference) };
-        let fast = greedy(&reward, &first, &second, 0..40).expect("pass");
+        let fast = greedy(&reward, &[&first, &second], 0..40).expect("pass");
         println!(
             "Algorithm 1, 40 pairs x {n:2}: {:8.0} ms ({:.4} and {:.4} -> {:.4})",
-            best(3, || greedy(&reward, &first, &second, 0..40)),
+            best(3, || greedy(&reward, &[&first, &second], 0..40)),
             fast.reward_first,
             fast.reward_second,
             fast.reward_plus
         );
         let everybody = [first.clone(), second.clone()].concat();
         let start = Instant::now();
-        let slow = algorithm_1(40, 0..40, |members| {
+        let slow = algorithm_1(40, 2, 0..40, |members| {
             reward.score(&members.iter().map(|&m| everybody[m]).collect::<Vec<_>>())
         })
         .expect("slow pass");
@@ -83,7 +83,7 @@ fn measure() {
             (fast.reward_plus - slow.reward_plus).abs().max((fast.reward_minus - slow.reward_minus).abs())
         );
         let diverse = Vendi { slot: 0, pooling: Pooling::SongMean };
-        println!("  Algorithm 1 with Vendi: {:.1} ms", best(3, || greedy(&diverse, &first, &second, 0..40)));
+        println!("  Algorithm 1 with Vendi: {:.1} ms", best(3, || greedy(&diverse, &[&first, &second], 0..40)));
         let rows: Vec<&Rows> = first.iter().map(|s| &s.views[0].embeddings).collect();
         let subsets = bootstrap_indices(0, 20, 40, 40).expect("indices");
         let fad = FrechetPool::new(&reference, &rows).expect("pool");

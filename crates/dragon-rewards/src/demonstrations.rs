@@ -9,8 +9,8 @@ use crate::{DistributionReward, Error, Result, Reward, Song};
 
 /// D+ and D- of one step, as indices into the songs they were made from.
 ///
-/// Paired sets index the pool `D1 ++ D2` of `2n` songs: song `i` and song `n + i` answer the same prompt, one is
-/// `plus[i]`, the other `minus[i]`. Unpaired sets index the songs given.
+/// Paired sets index the pool `D1 ++ D2 ++ …` of songs: songs `i`, `n + i`, … answer the same prompt, one is `plus[i]`,
+/// another `minus[i]`. Unpaired sets index the songs given.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Demonstrations {
     /// Songs in D+.
@@ -31,14 +31,6 @@ pub struct Demonstrations {
     pub reward_second: f64,
 }
 
-impl Demonstrations {
-    /// For paired sets: whether D1's song of pair `i` is in D+.
-    pub fn first_wins(&self) -> Vec<bool> {
-        let n = self.plus.len();
-        self.plus.iter().map(|&p| p < n).collect()
-    }
-}
-
 /// Where unpaired songs are divided (paper App. E: at the batch mean).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -50,22 +42,32 @@ pub enum Split {
     Median,
 }
 
-/// Paired demonstrations: the better of each pair for instance rewards (D1's on a tie), Algorithm 1 for rewards of sets.
+/// Paired demonstrations of the sets D1, D2, … (two in the paper), whose songs `i` all answer the same prompt: the best
+/// song of each prompt and the worst for instance rewards (the first of equals is better), Algorithm 1 for rewards of
+/// sets. More than two widen the gap between D+ and D- and leave as many pairs to learn from.
 ///
 /// # Errors
-/// If the sets are empty or of unequal size, or a song or set cannot be scored.
-pub fn paired(reward: &Reward, first: &[&Song], second: &[&Song]) -> Result<Demonstrations> {
-    let n = pairs(first, second)?;
+/// If there are fewer than two sets, they are empty or of unequal size, or a song or set cannot be scored.
+pub fn paired(reward: &Reward, sets: &[&[&Song]]) -> Result<Demonstrations> {
+    let n = pairs(sets)?;
     let reward = match reward {
-        Reward::Distribution(reward) => return greedy(reward.as_ref(), first, second, 0..n),
+        Reward::Distribution(reward) => return greedy(reward.as_ref(), sets, 0..n),
         Reward::Instance(reward) => reward,
     };
-    let scores = scores(reward.as_ref(), &[first, second].concat())?;
+    let scores = scores(reward.as_ref(), &sets.concat())?;
     let (mut plus, mut minus) = (Vec::with_capacity(n), Vec::with_capacity(n));
     for i in 0..n {
-        let (better, worse) = if scores[i] >= scores[n + i] { (i, n + i) } else { (n + i, i) };
-        plus.push(better);
-        minus.push(worse);
+        let (mut best, mut worst) = (i, n + i);
+        for song in (i..scores.len()).step_by(n) {
+            if scores[song] > scores[best] {
+                best = song;
+            }
+            if scores[song] <= scores[worst] {
+                worst = song;
+            }
+        }
+        plus.push(best);
+        minus.push(worst);
     }
     let mean = |songs: &mut dyn Iterator<Item = usize>| songs.map(|s| scores[s]).sum::<f64>() / n as f64;
     Ok(Demonstrations {
@@ -128,61 +130,88 @@ pub fn unpaired(reward: &Reward, songs: &[&Song], split: Split) -> Result<Demons
 }
 
 /// Algorithm 1 (paper A.1) with incremental evaluation: starts from the better of D1 and D2 as D+, then goes once
-/// through `swaps`, exchanging the members of a pair wherever that raises the reward of D+.
+/// through `swaps`, exchanging the members of a pair wherever that raises the reward of D+. Of more than two sets D+
+/// starts from the best and D- from the worst, each tries every song of a prompt that the other does not hold, and D-
+/// keeps what lowers its reward.
 ///
 /// `swaps` is `0..n` for the global pass (ours, over the gathered sets: every rank holds the same D+), or this rank's
 /// own pairs (the paper's rule).
 ///
-/// Reward of D+ never falls, and is at least `max(r(D1), r(D2))`.
+/// Reward of D+ never falls, and is at least that of every set.
 ///
 /// # Errors
-/// If the sets are empty or of unequal size, `swaps` leaves them, or a set cannot be scored.
+/// If there are fewer than two sets, they are empty or of unequal size, `swaps` leaves them, or a set cannot be scored.
 pub fn greedy(
     reward: &dyn DistributionReward,
-    first: &[&Song],
-    second: &[&Song],
+    sets: &[&[&Song]],
     swaps: Range<usize>,
 ) -> Result<Demonstrations> {
-    let n = pairs(first, second)?;
-    let pool = [first, second].concat();
+    let n = pairs(sets)?;
+    let pool = sets.concat();
     let mut subsets = reward.incremental(&pool)?;
-    algorithm_1(n, swaps, |members| subsets.score(members))
+    algorithm_1(n, sets.len(), swaps, |members| subsets.score(members))
 }
 
-/// Algorithm 1 on indices: `score` rates a set of `n` members of the pool `0..2n`, one of each pair `(i, n + i)`.
+/// Algorithm 1 on indices: `score` rates a set of `n` members of the pool `0..n_sets * n`, one of `i`, `n + i`, … for
+/// each prompt `i`.
 ///
 /// # Errors
-/// If `n` is 0, `swaps` leaves `0..n`, or `score` fails or is not finite.
+/// If `n` is 0 or `n_sets` below 2, `swaps` leaves `0..n`, or `score` fails or is not finite.
 pub fn algorithm_1(
     n: usize,
+    n_sets: usize,
     swaps: Range<usize>,
     mut score: impl FnMut(&[usize]) -> Result<f64>,
 ) -> Result<Demonstrations> {
-    if n == 0 {
-        return Err(Error::UnequalSets { first: 0, second: 0 });
+    if n == 0 || n_sets < 2 {
+        return Err(Error::UnequalSets { sizes: vec![n; n_sets] });
     }
     if swaps.end > n || swaps.start > swaps.end {
         return Err(Error::SwapRange { start: swaps.start, end: swaps.end, pairs: n });
     }
     let mut score = |members: &[usize]| score(members).and_then(finite);
-    let (mut plus, mut minus): (Vec<usize>, Vec<usize>) = ((0..n).collect(), (n..2 * n).collect());
-    let reward_first = score(&plus)?;
-    let reward_second = score(&minus)?;
-    let mut reward_plus = reward_first;
-    if reward_second > reward_first {
-        std::mem::swap(&mut plus, &mut minus);
-        reward_plus = reward_second;
-    }
-    for i in swaps {
-        std::mem::swap(&mut plus[i], &mut minus[i]);
-        let candidate = score(&plus)?;
-        if candidate > reward_plus {
-            reward_plus = candidate;
-        } else {
-            std::mem::swap(&mut plus[i], &mut minus[i]);
+    let set = |k: usize| -> Vec<usize> { (k * n..(k + 1) * n).collect() };
+    let rewards = (0..n_sets).map(|k| score(&set(k))).collect::<Result<Vec<_>>>()?;
+    let (mut best, mut worst) = (0, 1);
+    for (k, reward) in rewards.iter().enumerate() {
+        if *reward > rewards[best] {
+            best = k;
+        }
+        if *reward <= rewards[worst] {
+            worst = k;
         }
     }
-    let reward_minus = score(&minus)?;
+    let (mut plus, mut minus) = (set(best), set(worst));
+    let mut reward_plus = rewards[best];
+    for i in swaps.clone() {
+        for song in (i..n_sets * n).step_by(n).filter(|&song| song != best * n + i) {
+            let held = std::mem::replace(&mut plus[i], song);
+            let candidate = score(&plus)?;
+            if candidate > reward_plus {
+                reward_plus = candidate;
+                if minus[i] == song {
+                    minus[i] = held;
+                }
+            } else {
+                plus[i] = held;
+            }
+        }
+    }
+    let mut reward_minus = score(&minus)?;
+    for i in swaps {
+        for song in (i..n_sets * n).step_by(n) {
+            if song == plus[i] || song == minus[i] {
+                continue;
+            }
+            let held = std::mem::replace(&mut minus[i], song);
+            let candidate = score(&minus)?;
+            if candidate < reward_minus {
+                reward_minus = candidate;
+            } else {
+                minus[i] = held;
+            }
+        }
+    }
     Ok(Demonstrations {
         plus,
         minus,
@@ -190,14 +219,16 @@ pub fn algorithm_1(
         split_at: None,
         reward_plus,
         reward_minus,
-        reward_first,
-        reward_second,
+        reward_first: rewards[0],
+        reward_second: rewards[1],
     })
 }
 
-fn pairs(first: &[&Song], second: &[&Song]) -> Result<usize> {
-    if first.is_empty() || first.len() != second.len() {
-        return Err(Error::UnequalSets { first: first.len(), second: second.len() });
+/// Songs in each of the sets.
+fn pairs(sets: &[&[&Song]]) -> Result<usize> {
+    let n = sets.first().map_or(0, |set| set.len());
+    if n == 0 || sets.len() < 2 || sets.iter().any(|set| set.len() != n) {
+        return Err(Error::UnequalSets { sizes: sets.iter().map(|set| set.len()).collect() });
     }
-    Ok(first.len())
+    Ok(n)
 }

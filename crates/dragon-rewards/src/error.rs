@@ -18,15 +18,11 @@ pub enum Error {
     /// A CLAP score needs the text embedding of the song's own prompt.
     #[error("the song carries no text embedding of its prompt, which the CLAP score compares it with")]
     MissingText,
-    /// D1 and D2 must be paired.
-    #[error(
-        "D1 has {first} songs and D2 {second}, expected equal numbers (pair i holds song i of both) and at least one"
-    )]
+    /// The songs of D1, D2, … at one place answer the same prompt.
+    #[error("the sets D1, D2, … have {sizes:?} songs, expected two sets or more of equally many, at least one each")]
     UnequalSets {
-        /// Songs in D1.
-        first: usize,
-        /// Songs in D2.
-        second: usize,
+        /// Songs in each set.
+        sizes: Vec<usize>,
     },
     /// The swap range of Algorithm 1 leaves the pairs.
     #[error("swaps of pairs {start}..{end} were asked for, there are {pairs} pairs")]

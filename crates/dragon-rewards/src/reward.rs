@@ -50,7 +50,7 @@ pub trait DistributionReward: Debug + Send + Sync {
     /// As [`DistributionReward::score`].
     fn incremental<'a>(&'a self, pool: &[&'a Song]) -> Result<Box<dyn IncrementalScore + 'a>>;
 
-    /// As [`InstanceReward::observe`], with the two sets of a step.
+    /// As [`InstanceReward::observe`], with the sets of a step.
     ///
     /// # Errors
     /// If a set cannot be scored.
@@ -100,7 +100,7 @@ impl Reward {
             Reward::Instance(_) => {
                 let scores = self.song_scores(songs)?.unwrap_or_default();
                 if scores.is_empty() {
-                    return Err(Error::UnequalSets { first: 0, second: 0 });
+                    return Err(Error::UnequalSets { sizes: Vec::new() });
                 }
                 Ok(scores.iter().sum::<f64>() / scores.len() as f64)
             }
@@ -119,14 +119,14 @@ impl Reward {
         }
     }
 
-    /// Updates running normalisers with the two sets of a step (see [`InstanceReward::observe`]).
+    /// Updates running normalisers with the sets of a step (see [`InstanceReward::observe`]).
     ///
     /// # Errors
     /// If a song or set cannot be scored.
-    pub fn observe(&mut self, first: &[&Song], second: &[&Song]) -> Result<()> {
+    pub fn observe(&mut self, sets: &[&[&Song]]) -> Result<()> {
         match self {
-            Reward::Instance(reward) => reward.observe(&[first, second].concat()),
-            Reward::Distribution(reward) => reward.observe(&[first, second]),
+            Reward::Instance(reward) => reward.observe(&sets.concat()),
+            Reward::Distribution(reward) => reward.observe(sets),
         }
     }
 

@@ -33,19 +33,19 @@ fn reference(dim: usize) -> Arc<FrechetReference> {
 }
 
 /// Algorithm 1 with every set scored from its rows: the definition.
-fn naive(reward: &dyn DistributionReward, first: &[&Song], second: &[&Song]) -> Demonstrations {
-    let pool = [first, second].concat();
-    algorithm_1(first.len(), 0..first.len(), |members| {
+fn naive(reward: &dyn DistributionReward, sets: &[&[&Song]]) -> Demonstrations {
+    let pool = sets.concat();
+    algorithm_1(sets[0].len(), sets.len(), 0..sets[0].len(), |members| {
         reward.score(&members.iter().map(|&m| pool[m]).collect::<Vec<_>>())
     })
     .unwrap()
 }
 
-fn check(reward: &dyn DistributionReward, first: &[&Song], second: &[&Song]) {
-    let n = first.len();
-    let fast = greedy(reward, first, second, 0..n).unwrap();
-    let slow = naive(reward, first, second);
-    assert_eq!(fast.plus, slow.plus);
+fn check(reward: &dyn DistributionReward, sets: &[&[&Song]]) {
+    let n = sets[0].len();
+    let fast = greedy(reward, sets, 0..n).unwrap();
+    let slow = naive(reward, sets);
+    assert_eq!((&fast.plus, &fast.minus), (&slow.plus, &slow.minus));
     for (a, b) in [
         (fast.reward_plus, slow.reward_plus),
         (fast.reward_minus, slow.reward_minus),
@@ -55,13 +55,18 @@ fn check(reward: &dyn DistributionReward, first: &[&Song], second: &[&Song]) {
         assert!((a - b).abs() < 1e-8, "{a} against {b}");
     }
     assert!(fast.reward_plus >= fast.reward_first.max(fast.reward_second));
-    for i in 0..n {
-        assert_eq!(
-            [fast.plus[i].min(fast.minus[i]), fast.plus[i].max(fast.minus[i])],
-            [i, n + i],
-            "pairs stay together"
-        );
+    for (i, (plus, minus)) in fast.plus.iter().zip(&fast.minus).enumerate() {
+        assert_eq!([plus % n, minus % n], [i, i], "pairs stay together");
+        assert_ne!(plus, minus, "of two songs of a prompt");
     }
+    let score = |members: &[usize]| {
+        reward.score(&members.iter().map(|&m| sets[m / n][m % n]).collect::<Vec<_>>()).unwrap()
+    };
+    for k in 0..sets.len() {
+        let set = score(&(k * n..(k + 1) * n).collect::<Vec<_>>());
+        assert!(fast.reward_plus >= set - 1e-8, "D{} is better than D+", k + 1);
+    }
+    assert!(fast.reward_minus <= fast.reward_plus);
 }
 
 #[test]
@@ -69,18 +74,24 @@ fn incremental_passes_equal_the_naive_pass_for_every_reward_of_sets() {
     // Fewer rows than dimensions (Gram matrix), more (second moments per song), and the mixed sizes of real songs.
     for (pairs, windows, dim) in [(6, 3, 40), (8, 9, 24), (5, 1, 12), (4, 60, 8)] {
         let (a, b) = (songs(1, pairs, windows, dim), songs(900, pairs, windows + pairs % 2, dim));
-        let (a, b) = (refs(&a), refs(&b));
+        let c = songs(1800, pairs, windows, dim);
+        let (a, b, c) = (refs(&a), refs(&b), refs(&c));
         let fad = DatasetFad { slot: 0, reference: reference(dim) };
-        check(&fad, &a, &b);
-        check(&Vendi { slot: 0, pooling: Pooling::SongMean }, &a, &b);
-        check(&Vendi { slot: 0, pooling: Pooling::Windows }, &a, &b);
-        check(&MeanOf(Box::new(ClapScore { slot: 0, clip: Clip::BeforeMean })), &a, &b);
+        check(&fad, &[&a, &b]);
+        check(&fad, &[&a, &b, &c]);
+        check(&Vendi { slot: 0, pooling: Pooling::SongMean }, &[&a, &b]);
+        check(&Vendi { slot: 0, pooling: Pooling::SongMean }, &[&a, &b, &c]);
+        check(&Vendi { slot: 0, pooling: Pooling::Windows }, &[&a, &b]);
+        check(&Vendi { slot: 0, pooling: Pooling::Windows }, &[&a, &b, &c]);
+        check(&MeanOf(Box::new(ClapScore { slot: 0, clip: Clip::BeforeMean })), &[&a, &b]);
+        check(&MeanOf(Box::new(ClapScore { slot: 0, clip: Clip::BeforeMean })), &[&a, &b, &c]);
         let mut sum = WeightedDistributions::new(vec![
             (1.0, Box::new(fad) as Box<dyn DistributionReward>),
             (0.5, Box::new(Vendi { slot: 0, pooling: Pooling::SongMean })),
         ]);
         sum.observe(&[&a, &b]).unwrap();
-        check(&sum, &a, &b);
+        check(&sum, &[&a, &b]);
+        check(&sum, &[&a, &b, &c]);
     }
 }
 
@@ -91,7 +102,7 @@ fn the_form_for_many_rows_of_high_dimension_corrects_a_base() {
     let stats = GaussianStats::fit(&rows(7, 700, dim)).unwrap();
     let fad = DatasetFad { slot: 0, reference: Arc::new(FrechetReference::new(&stats).unwrap()) };
     let (a, b) = (songs(1, 24, 24, dim), songs(900, 24, 24, dim));
-    check(&fad, &refs(&a), &refs(&b));
+    check(&fad, &[&refs(&a), &refs(&b)]);
 }
 
 #[test]
@@ -101,7 +112,7 @@ fn the_reward_of_d_plus_never_falls_during_a_pass() {
     let fad = DatasetFad { slot: 0, reference: reference(16) };
     let mut last = f64::NEG_INFINITY;
     for done in 0..=10 {
-        let part = greedy(&fad, &a, &b, 0..done).unwrap();
+        let part = greedy(&fad, &[&a, &b], 0..done).unwrap();
         assert!(part.reward_plus >= last, "after {done} pairs");
         last = part.reward_plus;
     }
@@ -111,33 +122,39 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn the_mean_of_an_instance_reward_gives_the_pairwise_winners(scores in prop::collection::vec((0u32..50, 0u32..50), 1..30)) {
-        let n = scores.len();
+    fn the_mean_of_an_instance_reward_gives_the_best_and_the_worst_of_each_prompt(
+        scores in (2usize..5).prop_flat_map(|n_sets| prop::collection::vec(prop::collection::vec(0u32..50, n_sets), 1..30))
+    ) {
+        let (n, n_sets) = (scores.len(), scores[0].len());
         // A window (cos, sin) against the text (1, 0) has exactly the cosine we choose.
         let song = |s: u32| {
             let angle = f64::from(s) / 40.0;
             Song::with_text(Rows::from_vecs(&[[angle.cos(), angle.sin()]]).unwrap(), vec![1.0, 0.0])
         };
-        let (a, b): (Vec<Song>, Vec<Song>) = scores.iter().map(|&(x, y)| (song(x), song(y))).unzip();
+        let sets: Vec<Vec<Song>> = (0..n_sets).map(|k| scores.iter().map(|of| song(of[k])).collect()).collect();
+        let sets: Vec<Vec<&Song>> = sets.iter().map(|set| refs(set)).collect();
+        let sets: Vec<&[&Song]> = sets.iter().map(Vec::as_slice).collect();
         let clap = ClapScore { slot: 0, clip: Clip::BeforeMean };
-        let winners = paired(&Reward::Instance(Box::new(clap)), &refs(&a), &refs(&b)).unwrap();
-        let pass = greedy(&MeanOf(Box::new(clap)), &refs(&a), &refs(&b), 0..n).unwrap();
-        for i in 0..n {
-            let tie = a[i] == b[i];
-            prop_assert!(tie || winners.plus[i] == pass.plus[i], "pair {i}");
-            prop_assert_eq!(winners.first_wins()[i], winners.plus[i] == i);
+        let winners = paired(&Reward::Instance(Box::new(clap)), &sets).unwrap();
+        let pass = greedy(&MeanOf(Box::new(clap)), &sets, 0..n).unwrap();
+        for (i, of) in scores.iter().enumerate() {
+            // The smallest angle has the largest cosine.
+            let found = [&winners, &pass].map(|d| [of[d.plus[i] / n], of[d.minus[i] / n]]);
+            let (best, worst) = (of.iter().min().unwrap(), of.iter().max().unwrap());
+            prop_assert_eq!(found, [[*best, *worst]; 2], "prompt {}", i);
+            prop_assert!(winners.plus[i] % n == i && winners.minus[i] % n == i && winners.plus[i] != winners.minus[i]);
         }
         prop_assert!((winners.reward_plus - pass.reward_plus).abs() < 1e-12);
-        prop_assert!(winners.reward_plus >= winners.reward_minus);
+        prop_assert!((winners.reward_minus - pass.reward_minus).abs() < 1e-12);
     }
 
     #[test]
-    fn a_pass_over_any_scores_keeps_its_invariants(values in prop::collection::vec(-1.0f64..1.0, 64)) {
+    fn a_pass_over_any_scores_keeps_its_invariants(values in prop::collection::vec(-1.0f64..1.0, 64), n_sets in 2usize..5) {
         // An arbitrary function of the subset.
         let score = |members: &[usize]| -> Result<f64> {
             Ok(values[members.iter().fold(0usize, |h, m| (h * 31 + m * 17 + 7) % 64)])
         };
-        let found = algorithm_1(6, 0..6, score).unwrap();
+        let found = algorithm_1(6, n_sets, 0..6, score).unwrap();
         prop_assert!(found.reward_plus >= found.reward_first.max(found.reward_second));
         prop_assert_eq!(found.reward_plus, score(&found.plus).unwrap());
         prop_assert_eq!(found.reward_minus, score(&found.minus).unwrap());
@@ -229,8 +246,8 @@ fn a_config_builds_its_reward_and_asks_once_for_each_reference() {
     let (a, b): (Vec<Song>, Vec<Song>) = (0..4).map(|i| (song(i), song(100 + i))).unzip();
     let (a, b) = (refs(&a), refs(&b));
     for i in 0..3 {
-        set.get_mut(i).unwrap().observe(&a, &b).unwrap();
-        let demonstrations = paired(set.get(i).unwrap(), &a, &b).unwrap();
+        set.get_mut(i).unwrap().observe(&[&a, &b]).unwrap();
+        let demonstrations = paired(set.get(i).unwrap(), &[&a, &b]).unwrap();
         let start = demonstrations.reward_first.max(demonstrations.reward_second);
         assert!(demonstrations.reward_plus >= start, "{}", set.label(i).unwrap());
     }
@@ -311,18 +328,19 @@ fn songs_that_cannot_be_scored_are_named() {
     let fad = |slot| Reward::Instance(Box::new(PerSongFad { slot, reference: reference(8) }));
     let message = |r: Result<Demonstrations>| r.unwrap_err().to_string();
     let (ra, rb) = (refs(&a), refs(&b));
-    assert!(message(paired(&fad(1), &ra, &rb)).starts_with("song 0: the song has 1 embedding sets"));
-    assert!(message(paired(&fad(0), &ra, &rb[..2])).contains("D1 has 3 songs and D2 2"));
-    assert!(message(paired(&fad(0), &[], &[])).contains("at least one"));
+    assert!(message(paired(&fad(1), &[&ra, &rb])).starts_with("song 0: the song has 1 embedding sets"));
+    assert!(message(paired(&fad(0), &[&ra, &rb[..2]])).contains("have [3, 2] songs"));
+    assert!(message(paired(&fad(0), &[&[], &[]])).contains("at least one"));
+    assert!(message(paired(&fad(0), &[&ra])).contains("two sets or more"));
     let mut broken = a.clone();
     broken[1].views[0].embeddings = rows(1, 1, 8);
-    assert!(message(paired(&fad(0), &refs(&broken), &rb)).starts_with("song 1: "));
+    assert!(message(paired(&fad(0), &[&refs(&broken), &rb])).starts_with("song 1: "));
     broken[1].views[0].embeddings = rows(1, 4, 7);
-    assert!(message(paired(&fad(0), &refs(&broken), &rb)).contains("expected dimension 8, found 7"));
+    assert!(message(paired(&fad(0), &[&refs(&broken), &rb])).contains("expected dimension 8, found 7"));
     let set = DatasetFad { slot: 0, reference: reference(8) };
-    assert!(message(greedy(&set, &refs(&broken), &rb, 0..3)).contains("song 1"));
-    assert!(message(greedy(&set, &ra, &rb, 0..4)).contains("swaps of pairs 0..4"));
-    assert!(message(algorithm_1(2, 0..2, |_| Ok(f64::NAN))).contains("reward is NaN"));
+    assert!(message(greedy(&set, &[&refs(&broken), &rb], 0..3)).contains("song 1"));
+    assert!(message(greedy(&set, &[&ra, &rb], 0..4)).contains("swaps of pairs 0..4"));
+    assert!(message(algorithm_1(2, 2, 0..2, |_| Ok(f64::NAN))).contains("reward is NaN"));
     let clap = Reward::Instance(Box::new(ClapScore { slot: 0, clip: Clip::BeforeMean }));
     let mute = [Song::new(rows(1, 2, 8))];
     assert!(clap.song_scores(&refs(&mute)).unwrap_err().to_string().contains("no text embedding"));

@@ -199,7 +199,7 @@ fn algorithm_1() -> Result<impl FnMut() -> Result<f64>> {
     let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().map_err(Error::input("one thread"))?;
     Ok(move || {
         let songs: Vec<&Song> = songs.iter().collect();
-        let pass = one.install(|| greedy(&reward, &songs[..PAIRS], &songs[PAIRS..], 0..PAIRS));
+        let pass = one.install(|| greedy(&reward, &[&songs[..PAIRS], &songs[PAIRS..]], 0..PAIRS));
         Ok(pass.map_err(Error::input("Algorithm 1"))?.reward_plus)
     })
 }

@@ -410,9 +410,35 @@ pub fn prompts_of(path: &Path, split: Split, at_least: usize) -> Result<Vec<Prom
     Ok(prompts)
 }
 
+/// `n` prompts of one split, spread evenly over it: neighbours in a file are often alike.
+///
+/// # Errors
+/// If there are fewer than `n`.
+pub fn some_prompts_of(path: &Path, split: Split, n: usize) -> Result<Vec<Prompt>> {
+    let all = prompts_of(path, split, n)?;
+    Ok((0..n).map(|i| all[i * all.len() / n].clone()).collect())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn some_prompts_are_spread_over_their_split() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("prompts.jsonl");
+        let line = |i: usize, split: &str| format!("{{\"id\":\"{split}{i}\",\"caption\":\"x\",\"split\":\"{split}\"}}\n");
+        let text: String = (0..10).map(|i| line(i, "test") + &line(i, "train")).collect();
+        std::fs::write(&path, text).unwrap();
+        let ids = |n: usize| -> Vec<String> {
+            some_prompts_of(&path, Split::Test, n).unwrap().into_iter().map(|p| p.id).collect()
+        };
+        assert_eq!(ids(4), ["test0", "test2", "test5", "test7"]);
+        assert_eq!(ids(10).len(), 10);
+        assert!(ids(0).is_empty());
+        let text = some_prompts_of(&path, Split::Test, 11).unwrap_err().to_string();
+        assert!(text.contains("has 10 prompts of split `test`, 11 are needed"), "{text}");
+    }
 
     #[test]
     fn a_bad_prompt_line_is_named() {

@@ -79,6 +79,7 @@ fn every_loss_and_kind_of_demonstration_runs() {
     {
         cfg.loss = loss;
         cfg.rollout.demonstrations = demonstrations;
+        cfg.rollout.songs_per_prompt = (i % 2 == 1).then_some(4);
         cfg.reward = reward.clone();
         let out = dir.path().join(format!("run{i}"));
         run(&cfg, &RunContext::new(&out))
@@ -224,7 +225,8 @@ fn mistakes_are_named_before_any_work() {
     type Mistake = Box<dyn Fn(&mut FinetuneConfig)>;
     let cases: Vec<(&str, Mistake)> = vec![
         ("rollout.songs_per_step", Box::new(|c| c.rollout.songs_per_step = 0)),
-        ("an even number", Box::new(|c| c.rollout.songs_per_step = 7)),
+        ("a multiple of the 2 songs of each prompt", Box::new(|c| c.rollout.songs_per_step = 7)),
+        ("rollout.songs_per_prompt", Box::new(|c| c.rollout.songs_per_prompt = Some(1))),
         ("rollout.reference_probability", Box::new(|c| c.rollout.reference_probability = 1.5)),
         ("update.optimizer.lr", Box::new(|c| c.update.optimizer.lr = 0.0)),
         ("update.optimizer.beta2", Box::new(|c| c.update.optimizer.beta2 = 1.0)),

@@ -39,8 +39,7 @@ use systems::{Generator, Listener, files_of};
 /// If the config cannot work, a file is missing or broken, a song cannot be scored, or `ctx.stop` was set.
 pub fn run(cfg: &EvalConfig, ctx: &RunContext) -> Result<Summary> {
     cfg.check()?;
-    let prompts = bundle::prompts_of(&cfg.prompts, cfg.split, cfg.n_prompts)?;
-    let prompts = &prompts[..cfg.n_prompts];
+    let prompts = bundle::some_prompts_of(&cfg.prompts, cfg.split, cfg.n_prompts)?;
     let tuned_dir = tuned_dir(&cfg.tuned)?;
     let bundle = Bundle::load(&cfg.bundle, &ctx.device)?;
     let (base, tuned) = (bundle.base_model()?, model_of(&bundle, Some(&tuned_dir))?);
@@ -50,8 +49,8 @@ pub fn run(cfg: &EvalConfig, ctx: &RunContext) -> Result<Summary> {
     let sampling = Sampling { bundle: &bundle, texts: &texts, sampler: &cfg.sampler, batch: cfg.batch };
     let generator = Generator { cfg, sampling, embedder: &embedder, rewards: &rewards, ctx };
     let systems = [
-        generator.system(&base, prompts, 0, &mut meter)?,
-        generator.system(&tuned, prompts, prompts.len(), &mut meter)?,
+        generator.system(&base, &prompts, 0, &mut meter)?,
+        generator.system(&tuned, &prompts, prompts.len(), &mut meter)?,
     ];
     meter.finish();
     let songs =

@@ -43,8 +43,12 @@ pub struct FinetuneConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RolloutConfig {
-    /// Generations per step; paired: two of each of half as many prompts (paper 80), unpaired: one of each prompt.
+    /// Generations per step (paper 80).
     pub songs_per_step: usize,
+    /// Generations of each prompt of a step; left out, two if paired and one if unpaired, as in the paper. Of more than
+    /// two the best and the worst are learned from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub songs_per_prompt: Option<usize>,
     /// Whether D+ and D- hold pairs of one prompt.
     pub demonstrations: DemonstrationsConfig,
     /// Probability that a generation comes from the reference model instead of the policy, drawn for each generation;
@@ -56,13 +60,29 @@ pub struct RolloutConfig {
     pub batch: usize,
 }
 
+impl RolloutConfig {
+    /// Generations of each prompt of a step.
+    pub fn songs_per_prompt(&self) -> usize {
+        self.songs_per_prompt.unwrap_or(match self.demonstrations {
+            DemonstrationsConfig::Paired => 2,
+            DemonstrationsConfig::Unpaired { .. } => 1,
+        })
+    }
+
+    /// Prompts of a step.
+    pub fn prompts_per_step(&self) -> usize {
+        self.songs_per_step / self.songs_per_prompt()
+    }
+}
+
 /// How D+ and D- are formed.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum DemonstrationsConfig {
-    /// Two generations of each prompt: the better one for a reward of songs, Algorithm 1 for a reward of sets.
+    /// Two generations of each prompt: the better one for a reward of songs, Algorithm 1 for a reward of sets; the best and
+    /// the worst of more than two.
     Paired,
-    /// One generation of each prompt, split at a threshold; needs a reward of songs and a loss without pairs.
+    /// All generations, split at a threshold; needs a reward of songs and a loss without pairs.
     Unpaired {
         /// The threshold; paper: the batch mean.
         split: Split,
@@ -129,13 +149,20 @@ impl FinetuneConfig {
                 return Err(Error::config(key, format!("at least {least}"), value));
             }
         }
-        for (key, value) in [
-            ("rollout.songs_per_step", rollout.songs_per_step),
-            ("update.micro_batch", self.update.micro_batch),
-        ] {
-            if !value.is_multiple_of(2) {
-                return Err(Error::config(key, "an even number", value));
-            }
+        if !self.update.micro_batch.is_multiple_of(2) {
+            return Err(Error::config("update.micro_batch", "an even number", self.update.micro_batch));
+        }
+        let least = match rollout.demonstrations {
+            DemonstrationsConfig::Paired => 2,
+            DemonstrationsConfig::Unpaired { .. } => 1,
+        };
+        let each = rollout.songs_per_prompt();
+        if each < least {
+            return Err(Error::config("rollout.songs_per_prompt", format!("at least {least}"), each));
+        }
+        if !rollout.songs_per_step.is_multiple_of(each) {
+            let expected = format!("a multiple of the {each} songs of each prompt");
+            return Err(Error::config("rollout.songs_per_step", expected, rollout.songs_per_step));
         }
         let shares = [
             ("rollout.reference_probability", rollout.reference_probability),
@@ -205,13 +232,5 @@ impl FinetuneConfig {
             }
         }
         Ok(())
-    }
-
-    /// Prompts of a step: each gives two generations if paired, else one.
-    pub(super) fn prompts_per_step(&self) -> usize {
-        match self.rollout.demonstrations {
-            DemonstrationsConfig::Paired => self.rollout.songs_per_step / 2,
-            DemonstrationsConfig::Unpaired { .. } => self.rollout.songs_per_step,
-        }
     }
 }

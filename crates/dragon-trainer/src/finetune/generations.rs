@@ -28,13 +28,9 @@ pub(super) struct Generations {
 }
 
 impl FinetuneTask<'_> {
-    /// Generates the songs of a step: first one of each prompt, then, if paired, a second.
+    /// Generates the songs of a step: first one of each prompt, then a second of each, and so on.
     pub(super) fn rollout(&self, step: usize, prompts: &[usize], rng: &mut Rng) -> Result<Generations> {
-        let members = match self.cfg.rollout.demonstrations {
-            DemonstrationsConfig::Paired => 2,
-            DemonstrationsConfig::Unpaired { .. } => 1,
-        };
-        let ids: Vec<usize> = (0..members).flat_map(|_| prompts.iter().copied()).collect();
+        let ids: Vec<usize> = (0..self.cfg.rollout.songs_per_prompt()).flat_map(|_| prompts.iter().copied()).collect();
         let captions: Vec<&str> = ids.iter().map(|&i| self.train[i].caption.as_str()).collect();
         let keys = noise_keys(step, ids.iter().map(|&i| self.train[i].id.as_str()));
         let seeded: Vec<(&str, u64)> = keys.iter().map(|key| (key.as_str(), self.cfg.seed)).collect();
@@ -100,10 +96,10 @@ impl FinetuneTask<'_> {
         let songs: Vec<&Song> = generations.songs.iter().collect();
         let refused = |err: dragon_rewards::Error| Error::input("cannot score the generations")(err);
         let reward = self.rewards.get_mut(pick).ok_or_else(|| Error::Bug(format!("no reward {pick}")))?;
-        let (first, second) = songs.split_at(songs.len() / 2);
-        reward.observe(first, second).map_err(refused)?;
+        let sets: Vec<&[&Song]> = songs.chunks(self.cfg.rollout.prompts_per_step()).collect();
+        reward.observe(&sets).map_err(refused)?;
         let made = match self.cfg.rollout.demonstrations {
-            DemonstrationsConfig::Paired => dragon_rewards::demonstrations::paired(reward, first, second),
+            DemonstrationsConfig::Paired => dragon_rewards::demonstrations::paired(reward, &sets),
             DemonstrationsConfig::Unpaired { split } => {
                 dragon_rewards::demonstrations::unpaired(reward, &songs, split)
             }

@@ -38,10 +38,10 @@ use watch::{Drift, Validation};
 /// If the config cannot work, a file is missing or broken, the folder is in use, or the loss stops being a number.
 pub fn run(cfg: &FinetuneConfig, ctx: &RunContext) -> Result<Outcome> {
     cfg.check()?;
-    let train = bundle::prompts_of(&cfg.prompts, Split::Train, cfg.prompts_per_step())?;
+    let train = bundle::prompts_of(&cfg.prompts, Split::Train, cfg.rollout.prompts_per_step())?;
     let valid = match cfg.run.validate_every {
         0 => Vec::new(),
-        _ => bundle::prompts_of(&cfg.prompts, Split::Valid, cfg.validation.n_prompts)?,
+        _ => bundle::some_prompts_of(&cfg.prompts, Split::Valid, cfg.validation.n_prompts)?,
     };
     // The lock and the refusal to overwrite a run come before any weight is read.
     let resolved = Resolved { inputs: inputs_of(cfg)?, config: cfg };
@@ -169,7 +169,7 @@ impl<'a> FinetuneTask<'a> {
 
     /// The prompts of a step: all training prompts in a new order each epoch.
     fn prompts_at(&self, step: usize) -> Vec<usize> {
-        pretrain::items_of_step(step, self.cfg.prompts_per_step(), self.train.len(), self.cfg.seed)
+        pretrain::items_of_step(step, self.cfg.rollout.prompts_per_step(), self.train.len(), self.cfg.seed)
     }
 }
 

@@ -39,10 +39,9 @@ impl Validation {
         cfg: &FinetuneConfig,
         bundle: &Bundle,
         embedder: &Embedder,
-        mut prompts: Vec<Prompt>,
+        prompts: Vec<Prompt>,
         ctx: &RunContext,
     ) -> Result<Self> {
-        prompts.truncate(cfg.validation.n_prompts);
         let own = match &cfg.reward {
             RewardConfig::RandomMix { rewards } => rewards.clone(),
             single => vec![single.clone()],

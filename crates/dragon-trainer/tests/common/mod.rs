@@ -97,6 +97,7 @@ fn config_for(dir: &Path) -> FinetuneConfig {
         prompts: dir.join("prompts.jsonl"),
         rollout: RolloutConfig {
             songs_per_step: 8,
+            songs_per_prompt: None,
             demonstrations: DemonstrationsConfig::Paired,
             reference_probability: 0.2,
             sampler,
