@@ -74,7 +74,8 @@ pub enum GuidanceKind {
 pub struct Guidance {
     /// Which formula.
     pub kind: GuidanceKind,
-    /// CFG: 1 is off, above 1 strengthens the condition. CFG++: in [0, 1], about 0.6. Not used by `none`.
+    /// CFG: 1 is off, above 1 strengthens the condition. CFG++: in [0, 1]; a step from `sigma` to `sigma_next` is one of
+    /// CFG with `scale / (1 - sigma_next / sigma)`, so fewer steps want a larger scale. Not used by `none`.
     pub scale: f64,
     /// Guidance is on for `sigma_lo <= sigma <= sigma_hi`; outside, the conditional estimate is used alone, which saves
     /// the second network call.

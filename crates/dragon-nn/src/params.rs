@@ -213,6 +213,12 @@ impl Params {
         Ok(())
     }
 
+    /// The variables whose names `keep` accepts, shared, not copied.
+    pub fn subset(&self, keep: impl Fn(&str) -> bool) -> Params {
+        let vars = self.names_and_vars().into_iter().filter(|(name, _)| keep(name)).collect();
+        Params { seed: self.seed, vars: Arc::new(Mutex::new(vars)) }
+    }
+
     /// The same names and values in variables of their own.
     ///
     /// # Errors

@@ -11,7 +11,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 use dragon_diffusion::{Model, TextCond};
 use dragon_encoders::t5::{self, T5Encoder};
@@ -204,8 +204,16 @@ pub fn save_dit(dir: &Path, config: &dragon_diffusion::Config, params: &Params) 
 
 /// A builder over the current values of `params` that carries no gradient, so that no history is kept.
 pub fn frozen(params: &Params, device: &Device) -> VarBuilder<'static> {
-    let tensors: HashMap<String, Tensor> =
-        params.names_and_vars().into_iter().map(|(name, var)| (name, var.as_tensor().detach())).collect();
+    partly_frozen(params, &params.subset(|_| false), device)
+}
+
+/// As [`frozen`], except for the variables that `tuned` shares with `params`.
+pub fn partly_frozen(params: &Params, tuned: &Params, device: &Device) -> VarBuilder<'static> {
+    let tensor = |(name, var): (String, Var)| match tuned.get(&name) {
+        Some(var) => (name, var.as_tensor().clone()),
+        None => (name, var.as_tensor().detach()),
+    };
+    let tensors: HashMap<String, Tensor> = params.names_and_vars().into_iter().map(tensor).collect();
     VarBuilder::from_tensors(tensors, DType::F32, device)
 }
 

@@ -161,7 +161,18 @@ pub struct Labels {
 }
 
 impl LossConfig {
-    /// The factor by which gaps enter the loss: `|beta * g|` near 1 is where it learns; 1 if the loss has none.
+    /// The factor by which the gap of a demonstration of this advantage enters the loss: `|factor * g|` near 1 is where it
+    /// learns, much more is where it has learned.
+    pub fn factor(&self, advantage: f64) -> f64 {
+        match *self {
+            LossConfig::RewardWeighted | LossConfig::ContinuousKto { .. } | LossConfig::Distributional { .. } => {
+                advantage * self.beta()
+            }
+            LossConfig::Dpo { .. } | LossConfig::Kto { .. } | LossConfig::Mapo { .. } => self.beta(),
+        }
+    }
+
+    /// The scale of gaps; 1 if the loss has none.
     pub fn beta(&self) -> f64 {
         match *self {
             LossConfig::Dpo { beta }

@@ -89,6 +89,24 @@ fn every_loss_and_kind_of_demonstration_runs() {
 }
 
 #[test]
+fn only_the_named_variables_change() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cfg = tiny_bundle(&bundle_in(&dir));
+    cfg.update.parameters = vec!["text_".into()];
+    let out = dir.path().join("run");
+    run(&cfg, &RunContext::new(&out)).unwrap();
+    let weights = |dir: &Path| {
+        candle_core::safetensors::load(dir.join("model.safetensors"), &candle_core::Device::Cpu).unwrap()
+    };
+    let (before, after) = (weights(&cfg.bundle.join("dit")), weights(&out.join("model")));
+    for (name, tensor) in &before {
+        let flat = |t: &candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let changed = flat(tensor) != flat(&after[name]);
+        assert_eq!(changed, name.contains("text_") , "{name}");
+    }
+}
+
+#[test]
 fn a_killed_run_continues_bit_for_bit() {
     if let Ok(dir) = std::env::var(CHILD) {
         // This is the process to be killed: it runs until it is.
@@ -228,6 +246,7 @@ fn mistakes_are_named_before_any_work() {
         ("a multiple of the 2 songs of each prompt", Box::new(|c| c.rollout.songs_per_step = 7)),
         ("rollout.songs_per_prompt", Box::new(|c| c.rollout.songs_per_prompt = Some(1))),
         ("rollout.reference_probability", Box::new(|c| c.rollout.reference_probability = 1.5)),
+        ("text_value", Box::new(|c| c.update.parameters = vec!["nothing".into()])),
         ("update.optimizer.lr", Box::new(|c| c.update.optimizer.lr = 0.0)),
         ("update.optimizer.beta2", Box::new(|c| c.update.optimizer.beta2 = 1.0)),
         ("update.optimizer.max_grad_norm", Box::new(|c| c.update.optimizer.max_grad_norm = Some(0.0))),

@@ -95,6 +95,9 @@ pub enum DemonstrationsConfig {
 pub struct UpdateConfig {
     /// Weight of a squared error by its noise level.
     pub weighting: Weighting,
+    /// Words of which one must be in the name of a variable for it to be tuned; empty, all are (as in the paper).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parameters: Vec<String>,
     /// Noise levels and noises drawn per demonstration and step: they average the loss without new generations; paper 1.
     pub draws: usize,
     /// Noise levels that are learned from: mean of `ln sigma`; left out, as the model was trained (the paper names none).

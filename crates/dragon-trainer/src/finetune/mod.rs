@@ -15,7 +15,7 @@ mod watch;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use dragon_diffusion::Model;
 use dragon_nn::{AdamW, Ema, Params, Rng};
 use dragon_rewards::{Reward, RewardSet, RunningStats};
@@ -53,7 +53,7 @@ pub fn run(cfg: &FinetuneConfig, ctx: &RunContext) -> Result<Outcome> {
     let mut task = FinetuneTask::new(cfg, &bundle, &embedder, rewards, train, valid, ctx)?;
     tracing::info!(
         "fine-tuning {:.2} M parameters towards {}",
-        task.policy.len_params() as f64 / 1e6,
+        task.tuned.len_params() as f64 / 1e6,
         cfg.reward.label()
     );
     pretrain::run_in(&mut folder, &mut task, &cfg.run, cfg.seed, ctx)
@@ -95,6 +95,8 @@ pub struct FinetuneTask<'a> {
     drift: Drift,
     texts: TextCache,
     policy: Params,
+    /// Those of the policy's variables that are tuned.
+    tuned: Params,
     model: Model,
     reference: Model,
     optimizer: AdamW,
@@ -127,8 +129,15 @@ impl<'a> FinetuneTask<'a> {
             }
         }
         let policy = bundle.dit.deep_clone()?;
-        let model = Model::new(&bundle.dit_config, policy.builder(DType::F32, &bundle.device))?;
-        let optimizer = AdamW::new(&policy, cfg.update.optimizer.clone())?;
+        let words = &cfg.update.parameters;
+        let tuned = policy.subset(|name| words.is_empty() || words.iter().any(|word| name.contains(word)));
+        if tuned.len_params() == 0 {
+            let names: Vec<String> = policy.names_and_vars().into_iter().map(|(name, _)| name).collect();
+            let expected = format!("parts of names of variables, which are {}", names.join(", "));
+            return Err(Error::config("update.parameters", expected, format!("{words:?}")));
+        }
+        let model = Model::new(&bundle.dit_config, bundle::partly_frozen(&policy, &tuned, &bundle.device))?;
+        let optimizer = AdamW::new(&tuned, cfg.update.optimizer.clone())?;
         let ema = match cfg.update.ema_decay {
             0.0 => None,
             decay => Some(Ema::new(&policy, decay)?),
@@ -149,6 +158,7 @@ impl<'a> FinetuneTask<'a> {
             drift,
             texts,
             policy,
+            tuned,
             model,
             reference,
             optimizer,

@@ -156,7 +156,7 @@ impl FinetuneTask<'_> {
             };
             let part_loss = self.cfg.loss.evaluate(&errors, &labels, baseline, count)?;
             loss += f64::from(part_loss.to_scalar::<f32>()?);
-            total = Some(add_gradients(total, dragon_nn::backward(&part_loss)?, &self.policy)?);
+            total = Some(add_gradients(total, dragon_nn::backward(&part_loss)?, &self.tuned)?);
         }
         if !loss.is_finite() {
             let what = "loss".to_owned();
@@ -191,7 +191,8 @@ impl FinetuneTask<'_> {
         update: &Update,
     ) -> Vec<(&'static str, f64)> {
         let gaps = gaps(&update.reference, &update.policy);
-        let mut scaled: Vec<f64> = gaps.iter().map(|g| (self.cfg.loss.beta() * g).abs()).collect();
+        let scaled = rows.iter().zip(&gaps).map(|(row, g)| (self.cfg.loss.factor(row.advantage) * g).abs());
+        let mut scaled: Vec<f64> = scaled.collect();
         scaled.sort_by(f64::total_cmp);
         let quantile = |q: f64| match scaled.len() {
             0 => 0.0,

@@ -108,6 +108,7 @@ fn config_for(dir: &Path) -> FinetuneConfig {
         loss: LossConfig::Kto { beta: 50.0, weight_plus: 1.0, weight_minus: 1.0 },
         update: UpdateConfig {
             weighting: Weighting::Edm,
+            parameters: Vec::new(),
             draws: 2,
             warmup_steps: 2,
             p_mean: Some(0.5),
