@@ -8,7 +8,7 @@ use common::*;
 fn presets_are_run_once_and_their_win_rates_stand_in_one_table() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
-    let command = "reproduce clap-score vendi --out all --set rollout.songs_per_step=4 \
+    let command = "reproduce clap-score vendi --out all --set rollout.songs_per_step=4 --set rollout.songs_per_prompt=2 \
                    --set rollout.sampler.n_steps=1 --set update.micro_batch=4 --set run.steps=1 \
                    --set validation.n_prompts=2 --set validation.sampler.n_steps=1 --set eval.n_prompts=2 \
                    --set eval.sampler.n_steps=1 --set eval.bootstrap.subsets=3 --set eval.bootstrap.songs=2 \

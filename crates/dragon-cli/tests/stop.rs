@@ -71,7 +71,7 @@ fn one_interrupt_ends_a_pretraining_with_a_checkpoint_and_it_resumes_bit_for_bit
 fn one_interrupt_ends_a_fine_tuning_with_a_checkpoint_and_it_resumes_bit_for_bit() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
-    let tune = "finetune --set rollout.songs_per_step=4 --set rollout.sampler.n_steps=1 --set update.micro_batch=4 \
+    let tune = "finetune --set rollout.songs_per_step=4 --set rollout.songs_per_prompt=2 --set rollout.sampler.n_steps=1 --set update.micro_batch=4 \
                 --set run.validate_every=0 --set run.log_every=1 --set run.checkpoint_every=1000000 \
                 --set eval.n_prompts=2 --set eval.sampler.n_steps=1 --set eval.bootstrap.subsets=10 \
                 --set eval.bootstrap.songs=2 --set eval.examples=1";

@@ -83,7 +83,10 @@ fn measure() {
             (fast.reward_plus - slow.reward_plus).abs().max((fast.reward_minus - slow.reward_minus).abs())
         );
         let diverse = Vendi { slot: 0, pooling: Pooling::SongMean };
-        println!("  Algorithm 1 with Vendi: {:.1} ms", best(3, || greedy(&diverse, &[&first, &second], 0..40)));
+        println!(
+            "  Algorithm 1 with Vendi: {:.1} ms",
+            best(3, || greedy(&diverse, &[&first, &second], 0..40))
+        );
         let rows: Vec<&Rows> = first.iter().map(|s| &s.views[0].embeddings).collect();
         let subsets = bootstrap_indices(0, 20, 40, 40).expect("indices");
         let fad = FrechetPool::new(&reference, &rows).expect("pool");

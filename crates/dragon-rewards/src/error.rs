@@ -19,7 +19,9 @@ pub enum Error {
     #[error("the song carries no text embedding of its prompt, which the CLAP score compares it with")]
     MissingText,
     /// The songs of D1, D2, … at one place answer the same prompt.
-    #[error("the sets D1, D2, … have {sizes:?} songs, expected two sets or more of equally many, at least one each")]
+    #[error(
+        "the sets D1, D2, … have {sizes:?} songs, expected two sets or more of equally many, at least one each"
+    )]
     UnequalSets {
         /// Songs in each set.
         sizes: Vec<usize>,

@@ -435,7 +435,9 @@ mod tests {
     fn some_prompts_are_spread_over_their_split() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("prompts.jsonl");
-        let line = |i: usize, split: &str| format!("{{\"id\":\"{split}{i}\",\"caption\":\"x\",\"split\":\"{split}\"}}\n");
+        let line = |i: usize, split: &str| {
+            format!("{{\"id\":\"{split}{i}\",\"caption\":\"x\",\"split\":\"{split}\"}}\n")
+        };
         let text: String = (0..10).map(|i| line(i, "test") + &line(i, "train")).collect();
         std::fs::write(&path, text).unwrap();
         let ids = |n: usize| -> Vec<String> {

@@ -165,9 +165,9 @@ impl LossConfig {
     /// learns, much more is where it has learned.
     pub fn factor(&self, advantage: f64) -> f64 {
         match *self {
-            LossConfig::RewardWeighted | LossConfig::ContinuousKto { .. } | LossConfig::Distributional { .. } => {
-                advantage * self.beta()
-            }
+            LossConfig::RewardWeighted
+            | LossConfig::ContinuousKto { .. }
+            | LossConfig::Distributional { .. } => advantage * self.beta(),
             LossConfig::Dpo { .. } | LossConfig::Kto { .. } | LossConfig::Mapo { .. } => self.beta(),
         }
     }

@@ -102,7 +102,7 @@ fn only_the_named_variables_change() {
     for (name, tensor) in &before {
         let flat = |t: &candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let changed = flat(tensor) != flat(&after[name]);
-        assert_eq!(changed, name.contains("text_") , "{name}");
+        assert_eq!(changed, name.contains("text_"), "{name}");
     }
 }
 

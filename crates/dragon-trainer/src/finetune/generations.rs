@@ -30,7 +30,8 @@ pub(super) struct Generations {
 impl FinetuneTask<'_> {
     /// Generates the songs of a step: first one of each prompt, then a second of each, and so on.
     pub(super) fn rollout(&self, step: usize, prompts: &[usize], rng: &mut Rng) -> Result<Generations> {
-        let ids: Vec<usize> = (0..self.cfg.rollout.songs_per_prompt()).flat_map(|_| prompts.iter().copied()).collect();
+        let ids: Vec<usize> =
+            (0..self.cfg.rollout.songs_per_prompt()).flat_map(|_| prompts.iter().copied()).collect();
         let captions: Vec<&str> = ids.iter().map(|&i| self.train[i].caption.as_str()).collect();
         let keys = noise_keys(step, ids.iter().map(|&i| self.train[i].id.as_str()));
         let seeded: Vec<(&str, u64)> = keys.iter().map(|key| (key.as_str(), self.cfg.seed)).collect();
