@@ -16,7 +16,7 @@ const PRESETS: [(&str, &str); 16] = [
     ("eval/default", "dragon eval"),
     ("card/default", "dragon card"),
     ("generate/default", "dragon generate"),
-    ("embed/default", "dragon embed"),
+    ("embed/default", "dragon embed, stats"),
     ("data/fetch", "dragon data fetch"),
     ("data/render", "dragon data render"),
     ("data/import", "dragon data import"),
