@@ -1,8 +1,8 @@
-//! Charts as inline SVG: curves and histograms with axes, ticks and a legend.
+//! Charts as inline SVG: curves, histograms and points with axes, ticks and a legend.
 
 use std::fmt::Write as _;
 
-use super::{Chart, escape};
+use super::{Chart, Point, escape};
 
 const WIDTH: f64 = 520.0;
 const HEIGHT: f64 = 260.0;
@@ -76,6 +76,36 @@ pub fn chart(page: &mut String, chart: &Chart) {
                             (x1 - x0 - 0.5).max(0.5),
                             y1 - y0,
                             i % COLOURS
+                        );
+                    }
+                }
+            });
+        }
+        Chart::Points { title, x_label, y_label, series } => {
+            let sets: Vec<(&str, Vec<&Point>)> = series
+                .iter()
+                .map(|(name, points)| {
+                    (name.as_str(), points.iter().filter(|p| p.x.is_finite() && p.y.is_finite()).collect())
+                })
+                .collect();
+            let all = || sets.iter().flat_map(|set| set.1.iter());
+            let frame = Frame::around(all().map(|p| p.x), all().map(|p| p.y), false).map(|frame| {
+                let margin = 0.04 * (frame.x.1 - frame.x.0);
+                Frame { x: (frame.x.0 - margin, frame.x.1 + margin), ..frame }
+            });
+            figure(page, title, x_label, y_label, frame, &names(&sets), |page, frame| {
+                for (i, (_, points)) in sets.iter().enumerate().rev() {
+                    // Few points are drawn large, many small.
+                    let radius = if points.len() > 200 { 2.0 } else { 3.5 };
+                    for point in points {
+                        let _ = write!(
+                            page,
+                            "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"{radius}\" fill=\"var(--s{})\" \
+                             fill-opacity=\".65\"><title>{}</title></circle>",
+                            frame.x(point.x),
+                            frame.y(point.y),
+                            i % COLOURS,
+                            escape(&point.label)
                         );
                     }
                 }
