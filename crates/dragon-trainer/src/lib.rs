@@ -4,7 +4,8 @@
 //! [`embedder`] (from prompts to what a reward sees), [`bundle`] (model folders); [`pretrain`] (the
 //! [`pretrain::Task`] trait and the loop all trainings share), [`run`], [`inputs`] and [`checkpoint`] (run folders, the
 //! files that a run reads, exact resume), [`tensorboard`]; [`eval`] with [`report`], [`card`], [`generate`];
-//! [`embed`], [`song_encoder`], [`cache`] and [`sets`] (files to embeddings, for measuring any system); [`mod@bench`] (how fast the parts are).
+//! [`embed`], [`song_encoder`], [`cache`] and [`sets`] (files to embeddings),
+//! [`score`] (any systems against a reference); [`mod@bench`] (how fast the parts are).
 
 pub mod bench;
 pub mod bundle;
@@ -25,6 +26,7 @@ pub mod pretrain;
 pub mod report;
 pub mod rollout;
 pub mod run;
+pub mod score;
 pub mod sets;
 pub mod song_encoder;
 pub mod tensorboard;

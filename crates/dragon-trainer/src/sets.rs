@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use dragon_metrics::files::{read_embeddings, read_fadtk_stats, read_stats, stats_in};
-use dragon_metrics::{Convention, GaussianStats, Rows};
+use dragon_metrics::{Convention, FrechetReference, GaussianStats, Rows};
 
 use crate::embed::{self, OnBad, Skipped};
 use crate::embedder::EncoderConfig;
@@ -104,9 +104,15 @@ impl Given {
             match ending.as_str() {
                 "txt" => Content::Texts(embed::read_texts(path)?),
                 "npz" | "safetensors" if holds_statistics(path)? => {
-                    let stats = read_stats(path, name)
-                        .map_err(Error::input(format!("cannot use the statistics\n{STATISTICS}")))?;
-                    Content::Statistics(stats)
+                    let stats = read_stats(path, name).and_then(|stats| {
+                        // Whether it is positive shows when it is factored.
+                        FrechetReference::new(&stats)
+                            .map(|_| stats)
+                            .map_err(|err| err.within(format!("`{}`", path.display())))
+                    });
+                    Content::Statistics(
+                        stats.map_err(Error::input(format!("cannot use the statistics\n{STATISTICS}")))?,
+                    )
                 }
                 "npy" | "npz" | "safetensors" => embeddings_of(path)?,
                 _ => {

@@ -10,6 +10,7 @@ mod generate;
 mod pack;
 mod pretrain;
 mod reproduce;
+mod score;
 mod songs;
 mod stats;
 
@@ -37,6 +38,8 @@ pub enum Command {
     Embed(embed::Args),
     /// Write reference statistics, mean and covariance, of audio, texts or embeddings
     Stats(stats::Args),
+    /// Measure systems against a reference: distances, diversity, intervals, ranks
+    Score(score::Args),
     /// Fine-tune the diffusion model towards a reward (DRAGON), then compare it with its base
     Finetune(finetune::Args),
     /// Fine-tune by several presets and print their win rates over the base as the paper's Table 1 does
@@ -59,6 +62,7 @@ impl Command {
             Command::Generate(args) => generate::run(args, stop),
             Command::Embed(args) => embed::run(args, stop),
             Command::Stats(args) => stats::run(args, stop),
+            Command::Score(args) => score::run(args, stop),
             Command::Finetune(args) => finetune::run(args, stop),
             Command::Reproduce(args) => reproduce::run(args, stop),
             Command::Eval(args) => eval::run(args, stop),

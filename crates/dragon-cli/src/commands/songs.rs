@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 use clap::ValueEnum;
+use dragon_metrics::Convention;
 use dragon_trainer::cache::Cache;
 use dragon_trainer::embed::{OnBad, Skipped};
 use dragon_trainer::embedder::{EncoderConfig, Setting};
@@ -99,6 +100,14 @@ impl SongArgs {
         let cache = if self.no_cache { None } else { Cache::of_user() };
         Ok(SongEncoder::load(encoder, setting, &settings::path(&self.model), &device, cache)?)
     }
+}
+
+/// A convention by its name.
+pub fn convention(name: &str) -> std::result::Result<Convention, String> {
+    Convention::ALL
+        .into_iter()
+        .find(|convention| convention.name() == name)
+        .ok_or_else(|| format!("expected one of {}", Convention::ALL.map(Convention::name).join(", ")))
 }
 
 /// Checks that a file of embeddings or statistics can be written to `out`; gives its folder.

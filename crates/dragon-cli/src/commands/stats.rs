@@ -10,7 +10,7 @@ use dragon_metrics::files::write_stats;
 use dragon_trainer::sets::{Content, Given, stats_of};
 use dragon_trainer::song_encoder::SongEncoder;
 
-use super::songs::{EmbedPreset, SongArgs, check_out, left_out};
+use super::songs::{self, EmbedPreset, SongArgs, check_out, left_out};
 use super::{FileArgs, context};
 use crate::settings;
 
@@ -35,21 +35,12 @@ pub struct Args {
     #[arg(long)]
     name: Option<String>,
     /// How embeddings are rounded: `exact` (not at all), `fadtk-1.1` or `gudgud`, as these tools do
-    #[arg(long, value_name = "TOOL", default_value = "exact", value_parser = convention)]
+    #[arg(long, value_name = "TOOL", default_value = "exact", value_parser = songs::convention)]
     convention: Convention,
     #[command(flatten)]
     songs: SongArgs,
     #[command(flatten)]
     config: FileArgs,
-}
-
-/// A convention by its name.
-fn convention(name: &str) -> std::result::Result<Convention, String> {
-    let known = Convention::ALL.iter().copied();
-    known.clone().find(|convention| convention.name() == name).ok_or_else(|| {
-        let names: Vec<&str> = known.map(Convention::name).collect();
-        format!("expected one of {}", names.join(", "))
-    })
 }
 
 /// Runs the command.
