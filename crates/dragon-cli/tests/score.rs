@@ -312,11 +312,20 @@ fn input_that_cannot_be_used_is_named() {
     std::fs::write(dir.join("broken.npz"), "no archive").unwrap();
     std::fs::write(dir.join("texts.txt"), "a harp\n\na drum\n").unwrap();
     std::fs::create_dir(dir.join("empty")).unwrap();
+    write_tone(&dir.join("both/a.wav"), 3.4, 0.3);
+    write_embeddings(&dir.join("both/a.npy"), "", &rows(5, 3, 0.0)).unwrap();
+    write_tone(&dir.join("opus/a.wav"), 3.4, 0.3);
+    std::fs::copy(fixture("dragon-audio/formats/tone.opus"), dir.join("opus/tone.opus")).unwrap();
     write_tone(&dir.join("single/a.wav"), 3.4, 0.3);
     tones(dir, "songs", 3.4);
     for (args, parts) in [
         ("--reference ref.npy nan_in_row_2.npy", &["nan_in_row_2.npy", "row 2"][..]),
         ("--reference nan_in_row_2.npy good.npy", &["nan_in_row_2.npy", "row 2"]),
+        ("--reference ref.npy good.npy --name r", &["ref.npy", "holds no statistics", "`r`"]),
+        ("--reference ref.npz good.npy --name s", &["ref.npz", "`s", "it has: r"]),
+        ("--reference songs one.npy", &["one.npy", "expected at least 2 embeddings, found 1"]),
+        ("--reference ref.npy both", &["`both`", "holds audio and embeddings"]),
+        ("--reference ref.npy opus", &["opus/tone.opus", "no decoder for Opus"]),
         ("--reference ref.npy one.npy", &["one.npy", "expected at least 2 embeddings, found 1"]),
         ("--reference one.npy good.npy", &["one.npy", "expected at least 2 rows, found 1"]),
         ("--reference single songs", &["`single`", "expected at least 2 songs, found 1"]),

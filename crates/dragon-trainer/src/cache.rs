@@ -1,7 +1,7 @@
 //! Embeddings of files kept from one command to the next, in the user's cache folder and never beside the audio.
 //!
 //! An entry is named by a hash of everything that it depends on: the contents of the audio file (not its name), the
-//! encoder, its weights, the setting, and [`VERSION`]. So nothing in it can be out of date, and it may be deleted at any
+//! encoder, its weights, the setting, and a version of ours. So nothing in it can be out of date, and it may be deleted at any
 //! time. Entries appear whole (written under another name, then renamed) and carry a checksum; a damaged one is made anew.
 
 use std::path::{Path, PathBuf};

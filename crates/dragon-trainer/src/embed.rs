@@ -15,8 +15,8 @@ use crate::error::{Error, Result};
 use crate::run::{Meter, RunContext, write_atomic};
 
 /// Endings that count as audio when a folder is read.
-pub const AUDIO_ENDINGS: [&str; 11] =
-    ["wav", "flac", "ogg", "oga", "mp3", "mp2", "aif", "aiff", "m4a", "mp4", "caf"];
+pub const AUDIO_ENDINGS: [&str; 12] =
+    ["wav", "flac", "ogg", "oga", "opus", "mp3", "mp2", "aif", "aiff", "m4a", "mp4", "caf"];
 
 /// Files decoded and embedded at a time; the audio of more is never held in memory.
 const BATCH: usize = 32;
@@ -137,7 +137,8 @@ pub fn read_texts(path: &Path) -> Result<Vec<String>> {
     Ok(lines)
 }
 
-fn find_files(path: &Path) -> Result<Vec<PathBuf>> {
+/// The audio files of a folder and its subfolders, or the one file, not looked at.
+pub(crate) fn find_files(path: &Path) -> Result<Vec<PathBuf>> {
     if path.is_file() {
         return Ok(vec![path.to_owned()]);
     }
@@ -156,7 +157,7 @@ fn find_files(path: &Path) -> Result<Vec<PathBuf>> {
     if found.is_empty() {
         return Err(Error::Data {
             problem: format!("the folder `{}` holds no audio", path.display()),
-            hint: format!("files ending in {} are read", AUDIO_ENDINGS.join(", ")),
+            hint: format!("files ending in {} count as audio", AUDIO_ENDINGS.join(", ")),
         });
     }
     Ok(found.into_iter().collect())

@@ -82,7 +82,7 @@ pub struct Given {
 
 const EMBEDDINGS: &str =
     "hint: embeddings are [N, D], one row each, in .npy, .npz or .safetensors; `dragon embed` writes them";
-const STATISTICS: &str = "hint: statistics are NAME.mu [D] and NAME.cov [D, D] in .npz or .safetensors; `dragon stats` writes them";
+const STATISTICS: &str = "hint: statistics are NAME.mu [D] and NAME.cov [D, D] in .npz or .safetensors; `dragon stats` writes them, --name says which";
 
 impl Given {
     /// Finds out what `path` holds and reads all but audio; `name` says which statistics of several.
@@ -127,6 +127,13 @@ impl Given {
                 }
             }
         };
+        if let (Some(name), false) = (name, path.is_file() && matches!(content, Content::Statistics(_))) {
+            return Err(Error::Content {
+                path: path.to_owned(),
+                problem: format!("holds no statistics, of which `{name}` could be one"),
+                hint: "leave --name out".into(),
+            });
+        }
         Ok(Self { path: path.to_owned(), content, skipped })
     }
 
@@ -302,6 +309,13 @@ fn look_into(path: &Path, on_bad: OnBad, skipped: &mut Vec<Skipped>) -> Result<C
         let (files, bad) = embed::usable_files(path, on_bad)?;
         skipped.extend(bad);
         return Ok(Content::Audio(files));
+    }
+    if embed::find_files(path).is_ok() {
+        return Err(Error::Content {
+            path: path.to_owned(),
+            problem: "holds audio and embeddings (.npy): expected one of them".into(),
+            hint: "keep embeddings in a folder of their own".into(),
+        });
     }
     arrays.sort();
     let mut songs: Vec<Song> = Vec::with_capacity(arrays.len());

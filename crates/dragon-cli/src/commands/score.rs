@@ -77,7 +77,8 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     overrides.extend(args.songs.overrides());
     overrides.extend(args.convention.map(|convention| format!("convention={:?}", convention.name())));
     let mut metrics = args.metrics.clone();
-    if args.per_song && !metrics.is_empty() && !metrics.contains(&Metric::PerSongFad) {
+    let distances = args.per_song && args.reference.is_some();
+    if distances && !metrics.is_empty() && !metrics.contains(&Metric::PerSongFad) {
         metrics.push(Metric::PerSongFad);
     }
     if !metrics.is_empty() {

@@ -180,19 +180,16 @@ impl Measurer<'_> {
         let least = songs.len() * songs.iter().map(|song| song.n()).min().unwrap_or(0);
         let subsets = if least > self.cfg.neighbours { subsets } else { &[] };
         let drawn = draws(subsets, |members| pool.prdc(members))?;
-        let shares: [(&'static str, fn(&Prdc) -> f64, f64); 4] = [
-            ("precision", |p| p.precision, 1.0),
-            ("recall", |p| p.recall, 1.0),
-            ("density", |p| p.density, f64::INFINITY),
-            ("coverage", |p| p.coverage, 1.0),
-        ];
-        Ok(shares
-            .into_iter()
-            .map(|(name, share, highest)| {
-                let draws = drawn.as_ref().map(|all| all.iter().map(share).collect());
-                Measured::score(name, (0.0, highest), share(&all)).drawn(draws)
-            })
-            .collect())
+        let share = |name: &'static str, of: fn(&Prdc) -> f64, highest: f64| {
+            let draws = drawn.as_ref().map(|all| all.iter().map(of).collect());
+            Measured::score(name, (0.0, highest), of(&all)).drawn(draws)
+        };
+        Ok(vec![
+            share("precision", |p| p.precision, 1.0),
+            share("recall", |p| p.recall, 1.0),
+            share("density", |p| p.density, f64::INFINITY),
+            share("coverage", |p| p.coverage, 1.0),
+        ])
     }
 
     fn vendi(&self, system: &System, songs: &[&Rows], subsets: &[Vec<usize>]) -> Computed<Measured> {

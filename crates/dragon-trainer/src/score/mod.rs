@@ -92,6 +92,9 @@ impl Inputs {
                         .into(),
                 });
             }
+            if let Content::Embeddings(songs, _) = &given.content {
+                check_size(path, songs.iter().map(|song| song.rows.n()).sum())?;
+            }
             seen.push(given);
         }
         let prompts = prompts.map(read_prompts).transpose()?;
@@ -184,6 +187,19 @@ const NO_REFERENCE: &str = "it needs a reference (--reference), and none was nam
 const NO_PROMPTS: &str = "it needs the songs' prompts (--prompts), and none were named";
 const NO_TEXT: &str = "it needs an encoder that reads audio and text (--encoder clap)";
 
+/// # Errors
+/// If a system has too few embeddings for a covariance.
+fn check_size(path: &Path, n_rows: usize) -> Result<()> {
+    if n_rows >= 2 {
+        return Ok(());
+    }
+    Err(Error::Content {
+        path: path.to_owned(),
+        problem: format!("is too small: expected at least 2 embeddings, found {n_rows}"),
+        hint: "name more songs, or cut them into more windows with --hop".into(),
+    })
+}
+
 /// Whether the encoder reads text.
 fn reads_text(cfg: &ScoreConfig) -> bool {
     matches!(cfg.encoder, EncoderConfig::Clap { .. })
@@ -246,13 +262,7 @@ pub fn run(
         let set =
             given.set(encoder, on_bad, ctx)?.ok_or_else(|| Error::Bug("a system of statistics".into()))?;
         let rows = all_rows(&set.songs).map_err(refuse)?;
-        if rows.n() < 2 {
-            return Err(Error::Content {
-                path,
-                problem: format!("is too small: expected at least 2 embeddings, found {}", rows.n()),
-                hint: "name more songs, or cut them into more windows with --hop".into(),
-            });
-        }
+        check_size(&path, rows.n())?;
         skipped.extend(set.skipped.iter().cloned());
         let captions = match encoder.filter(|_| wants_captions) {
             Some(encoder) => {

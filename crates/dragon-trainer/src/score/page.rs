@@ -20,8 +20,8 @@ const LONGEST_S: f64 = 30.0;
 const HIGHEST_RATE_HZ: u32 = 24_000;
 /// Most points of a set on the map; a larger set is thinned evenly.
 const MAP_POINTS: usize = 1000;
-/// Songs of each system in the report's table.
-const SONGS_SHOWN: usize = 10;
+/// Songs in the report's table, shared among the systems, each of which has at least three.
+const SONGS_SHOWN: usize = 24;
 
 /// Writes `report.json`, `report.html`, `systems.csv` and `songs.csv`.
 pub(super) fn write(
@@ -66,9 +66,10 @@ fn page(
         }
     });
     let mut tables = vec![summary.table_of_values()];
-    let songs = summary.table_of_songs(SONGS_SHOWN);
+    let of_each = (SONGS_SHOWN / systems.len().max(1)).clamp(3, 10);
+    let songs = summary.table_of_songs(of_each);
     if !songs.rows.is_empty() {
-        let note = format!("{} At most {SONGS_SHOWN} of each system; all are in songs.csv.", songs.note);
+        let note = format!("{} At most {of_each} of each system; all are in songs.csv.", songs.note);
         tables.push(Table { title: "Outliers".into(), note, ..songs });
     }
     if !summary.skipped.is_empty() {
@@ -178,9 +179,12 @@ fn charts(
     Ok(charts)
 }
 
+/// Name and mean embedding of songs.
+type Means = Vec<(String, Vec<f64>)>;
+
 /// The songs' mean embeddings along the two axes on which they, and the reference's, vary most.
 fn map(reference: Option<&Reference>, systems: &[System]) -> Result<Option<Chart>> {
-    let mut sets: Vec<(&str, Vec<(String, Vec<f64>)>)> = Vec::new();
+    let mut sets: Vec<(&str, Means)> = Vec::new();
     for system in systems {
         sets.push((&system.name, means(&system.set)?));
     }
@@ -219,7 +223,7 @@ fn map(reference: Option<&Reference>, systems: &[System]) -> Result<Option<Chart
 }
 
 /// Name and mean of songs, evenly thinned where there are many.
-fn means(set: &Set) -> Result<Vec<(String, Vec<f64>)>> {
+fn means(set: &Set) -> Result<Means> {
     let n = set.songs.len();
     let kept = n.min(MAP_POINTS);
     let songs = (0..kept).map(|i| &set.songs[i * n / kept]);

@@ -164,8 +164,11 @@ impl Summary {
         skipped: Vec<Skipped>,
     ) -> Self {
         let mut values = Vec::new();
-        for m in 0..found.first().map_or(0, Vec::len) {
-            let of = |s: usize| &found[s][m];
+        let n_metrics = found.first().map_or(0, Vec::len);
+        let by_metric =
+            (0..n_metrics).map(|m| found.iter().map(|of_system| &of_system[m]).collect::<Vec<_>>());
+        for all in by_metric {
+            let of = |s: usize| all[s];
             let mut order: Vec<usize> = (0..systems.len()).collect();
             let sign = if of(0).lower_is_better { 1.0 } else { -1.0 };
             order.sort_by(|&a, &b| (sign * of(a).value).total_cmp(&(sign * of(b).value)));
@@ -352,9 +355,10 @@ impl Summary {
     /// The tables for a terminal; with `per_song` also that of all songs.
     pub fn table(&self, per_song: bool) -> String {
         let mut text = self.table_of_values().to_text();
-        if per_song {
+        let songs = self.table_of_songs(usize::MAX);
+        if per_song && !songs.rows.is_empty() {
             text += "\n";
-            text += &self.table_of_songs(usize::MAX).to_text();
+            text += &songs.to_text();
         }
         let said = [("not measured", &self.left_out), ("note", &self.warnings)];
         for (what, lines) in said {
