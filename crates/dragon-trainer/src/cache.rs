@@ -2,7 +2,7 @@
 //!
 //! An entry is named by a hash of everything that it depends on: the contents of the audio file (not its name), the
 //! encoder, its weights, the setting, and a version of ours. So nothing in it can be out of date, and it may be deleted at any
-//! time. Entries appear whole (written under another name, then renamed) and carry a checksum; a damaged one is made anew.
+//! time. Entries appear whole (written under another name, then renamed); one that cannot be read is made anew.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -116,12 +116,10 @@ mod tests {
         assert_eq!(entries.len(), 3, "{entries:?}");
         assert_eq!(std::fs::read_dir(&songs).unwrap().count(), 3, "nothing beside the audio");
         for entry in &entries {
-            let mut bytes = std::fs::read(entry).unwrap();
-            let at = bytes.windows(4).position(|w| w == 0.1f32.to_le_bytes()).unwrap();
-            bytes[at] ^= 1;
-            std::fs::write(entry, bytes).unwrap();
+            let bytes = std::fs::read(entry).unwrap();
+            std::fs::write(entry, &bytes[..bytes.len() / 2]).unwrap();
         }
-        assert_eq!(ask("x", "a.wav").row(1), first.row(1), "a flipped bit is seen");
+        assert_eq!(ask("x", "a.wav").row(1), first.row(1), "half an entry is seen");
         assert_eq!(made.load(Ordering::Relaxed), 4);
     }
 
