@@ -50,7 +50,8 @@ fn main() -> ExitCode {
             return if err.use_stderr() { ExitCode::from(1) } else { ExitCode::SUCCESS };
         }
     };
-    let level = if cli.verbose > 0 { "debug" } else { "info" };
+    // The decoder tells of every stream it opens.
+    let level = if cli.verbose > 0 { "debug" } else { "info,symphonia=warn" };
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())

@@ -22,6 +22,7 @@ pub const PRESETS: &[(&str, &str)] = &[
     ("pretrain/dit", include_str!("../presets/pretrain/dit.toml")),
     ("generate/default", include_str!("../presets/generate/default.toml")),
     ("embed/default", include_str!("../presets/embed/default.toml")),
+    ("score/default", include_str!("../presets/score/default.toml")),
     ("data/fetch", include_str!("../presets/data/fetch.toml")),
     ("data/render", include_str!("../presets/data/render.toml")),
     ("data/import", include_str!("../presets/data/import.toml")),

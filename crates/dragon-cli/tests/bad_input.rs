@@ -28,7 +28,7 @@ fn every_reader_refuses(name: &str, make: impl Fn(&Path), parts: &[&str]) {
     let mut commands = vec![
         "data import list.csv --out new".to_owned(),
         "embed songs --out songs.npz".to_owned(),
-        "embed songs --out songs.npz --stats songs".to_owned(),
+        "stats songs --out songs.npz".to_owned(),
         "embed songs --out songs.npz --encoder builtin:tiny/clap --setting ma".to_owned(),
         "eval good songs --out new".to_owned(),
         "finetune --out new --set reward.exemplars={kind=\"audio\",path=\"songs\"}".to_owned(),
@@ -417,7 +417,8 @@ fn with_full_disk(dir: &Path, kib: usize, args: &str) -> std::process::Output {
     let script = format!("trap '' XFSZ; ulimit -f {}; exec \"$0\" \"$@\"", 2 * kib);
     let mut command = std::process::Command::new("sh");
     command.args(["-c", &script, env!("CARGO_BIN_EXE_dragon")]).args(args.split_whitespace());
-    command.current_dir(dir).env("NO_COLOR", "1").env_remove("RUST_LOG").output().unwrap()
+    quiet(&mut command, dir);
+    command.output().unwrap()
 }
 
 #[cfg(unix)]
@@ -456,11 +457,12 @@ fn a_full_disk_leaves_no_half_of_an_output() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     write_tone(&dir.join("songs/a.wav"), 6.0, 0.3);
+    write_tone(&dir.join("songs/b.wav"), 6.0, 0.2);
     let before = files(dir);
     for (command, kib) in [
         ("data import songs --out new", 64),
         ("embed songs --out songs.npz", 4),
-        ("embed songs --out songs.npz --stats songs", 64),
+        ("stats songs --out songs.npz", 64),
         ("generate harp --out . --steps 1", 64),
         ("eval songs songs --out . --set n_prompts=2", 1),
     ] {

@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 /// The presets in the order of the documentation, with the command that reads each.
-const PRESETS: [(&str, &str); 16] = [
+const PRESETS: [(&str, &str); 17] = [
     ("finetune/per-song-fad", "dragon finetune"),
     ("finetune/clap-score", "dragon finetune --preset clap-score"),
     ("finetune/per-song-fad-text", "dragon finetune --preset per-song-fad-text"),
@@ -16,7 +16,8 @@ const PRESETS: [(&str, &str); 16] = [
     ("eval/default", "dragon eval"),
     ("card/default", "dragon card"),
     ("generate/default", "dragon generate"),
-    ("embed/default", "dragon embed"),
+    ("embed/default", "dragon embed, stats"),
+    ("score/default", "dragon score"),
     ("data/fetch", "dragon data fetch"),
     ("data/render", "dragon data render"),
     ("data/import", "dragon data import"),

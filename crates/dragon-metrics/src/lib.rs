@@ -8,6 +8,7 @@
 //! - [`convention`], [`mod@fad_inf`]: the Gaussians that other tools make of the same rows; the distance at infinitely many rows.
 //! - [`kad`], [`mod@prdc`]: distances without a Gaussian; precision, recall, density, coverage.
 //! - [`mod@vendi`], [`mod@clap_score`], [`regression`]: diversity of a set; agreement of audio and text; ratings from embeddings.
+//! - [`mod@pca`]: the axes of a map of songs.
 //! - [`mod@win_rate`], [`correlation`], [`mod@bootstrap`], [`glm`]: the statistics around the metrics.
 //! - [`files`]: reference statistics (`.npz` as fadtk writes them, safetensors) and embeddings (`.npy`, `.npz`, safetensors).
 //! - [`linalg`]: the two eigenvalue routines and products that the rest is made of.
@@ -38,6 +39,7 @@ pub mod glm;
 pub mod kad;
 pub mod linalg;
 mod pairwise;
+pub mod pca;
 pub mod prdc;
 pub mod regression;
 pub mod rows;
@@ -55,6 +57,7 @@ pub use frechet::{FrechetPool, FrechetReference, FrechetWalk, frechet_distance, 
 pub use gaussian::{GaussianStats, Moments};
 pub use glm::{BinomialGlm, win_log_odds};
 pub use kad::{KadPool, KadReference, Kernel, kad_as_kadtk, median_distance};
+pub use pca::{Pca, pca};
 pub use prdc::{Prdc, PrdcPool, prdc};
 pub use regression::{CrossValidation, KernelRegression, Method, Similarity, cross_validate};
 pub use rows::Rows;

@@ -89,8 +89,10 @@ impl EmbedConfig {
                 if !path.exists() {
                     return Err(Error::io("read", path)(std::io::ErrorKind::NotFound.into()));
                 }
-                if matches!(exemplars, Exemplars::Audio { .. }) {
-                    embed::audio_files(path)?; // looks at each file
+                match exemplars {
+                    Exemplars::Audio { .. } => drop(embed::audio_files(path)?), // looks at each file
+                    Exemplars::Texts { .. } => drop(embed::read_texts(path)?),
+                    Exemplars::Statistics { .. } => {}
                 }
             }
         }
@@ -116,7 +118,11 @@ pub enum Encoder {
 }
 
 impl Encoder {
-    fn load(cfg: &EncoderConfig, device: &Device) -> Result<Self> {
+    /// Loads it.
+    ///
+    /// # Errors
+    /// If a file is missing or broken.
+    pub fn load(cfg: &EncoderConfig, device: &Device) -> Result<Self> {
         Ok(match cfg {
             EncoderConfig::Musicnn { weights } => {
                 Encoder::Audio(Box::new(Musicnn::load(weights).map_err(Error::input(
@@ -132,24 +138,13 @@ impl Encoder {
         })
     }
 
-    fn audio(&self) -> Option<&dyn AudioEncoder> {
+    /// The part that reads audio in windows; the VAE has none.
+    pub fn audio(&self) -> Option<&dyn AudioEncoder> {
         match self {
             Encoder::Audio(encoder) => Some(encoder.as_ref()),
             Encoder::Clap(encoder) => Some(encoder.as_ref()),
             Encoder::Vae => None,
         }
-    }
-}
-
-/// Loads one encoder of audio.
-///
-/// # Errors
-/// If a file is missing or broken, or the encoder is the VAE, which belongs to a model folder.
-pub fn load_audio_encoder(cfg: &EncoderConfig, device: &Device) -> Result<Box<dyn AudioEncoder>> {
-    match Encoder::load(cfg, device)? {
-        Encoder::Audio(encoder) => Ok(encoder),
-        Encoder::Clap(encoder) => Ok(encoder),
-        Encoder::Vae => Err(Error::config("encoder", "an encoder of audio", "`vae`")),
     }
 }
 
@@ -261,9 +256,7 @@ impl Embedder {
                         &source.encoder,
                     ));
                 };
-                let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
-                let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-                vec![embed::rows(&text_rows(clap, &lines)?).map_err(Error::input("cannot embed texts"))?]
+                vec![texts_of(&embed::read_texts(path)?, clap)?]
             }
             Exemplars::Statistics { .. } => return Err(Error::Bug("statistics need no embedding".into())),
         };
@@ -370,6 +363,15 @@ fn embed_clips(encoder: &dyn AudioEncoder, setting: &Setting, batch: &Batch) -> 
     };
     let all: Vec<Result<Embeddings>> = batch.clips.par_iter().enumerate().map(one).collect();
     all.into_iter().collect()
+}
+
+/// The embeddings of texts, a row each.
+///
+/// # Errors
+/// If a text is empty.
+pub(crate) fn texts_of(texts: &[String], clap: &ClapEncoder) -> Result<Rows> {
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    embed::rows(&text_rows(clap, &texts)?).map_err(Error::input("cannot embed texts"))
 }
 
 fn text_rows(clap: &ClapEncoder, texts: &[&str]) -> Result<Embeddings> {

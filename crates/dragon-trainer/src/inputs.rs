@@ -51,10 +51,9 @@ impl Inputs {
         for source in reward.sources() {
             let name = format!("embed.encoders.{}", source.encoder);
             match embed.encoders.get(&source.encoder) {
-                Some(EncoderConfig::Musicnn { weights }) => self.add(name, std::slice::from_ref(weights))?,
-                Some(EncoderConfig::Clap { dir }) => self.add(name, &inside(dir, &TEXT_MODEL))?,
                 // The model folder's VAE; an unknown name is refused when the encoders are loaded.
                 Some(EncoderConfig::Vae) | None => {}
+                Some(encoder) => self.add(name, &encoder_files(encoder, Path::new("")))?,
             }
         }
         for (_, exemplars) in reward.references() {
@@ -70,6 +69,15 @@ impl Inputs {
     /// The hashes as a table.
     pub fn to_table(&self) -> toml::Table {
         self.0.iter().map(|(name, hash)| (name.clone(), hash.clone().into())).collect()
+    }
+}
+
+/// The files that an encoder is read from; `bundle` is the model folder, whose VAE is one.
+pub(crate) fn encoder_files(encoder: &EncoderConfig, bundle: &Path) -> Vec<PathBuf> {
+    match encoder {
+        EncoderConfig::Musicnn { weights } => vec![weights.clone()],
+        EncoderConfig::Clap { dir } => inside(dir, &TEXT_MODEL),
+        EncoderConfig::Vae => inside(&bundle.join("vae"), &MODEL),
     }
 }
 

@@ -3,10 +3,13 @@
 //! Read in this order: [`finetune`] (the DRAGON loop), [`losses`] (what it learns from D+ and D-), [`rollout`] and
 //! [`embedder`] (from prompts to what a reward sees), [`bundle`] (model folders); [`pretrain`] (the
 //! [`pretrain::Task`] trait and the loop all trainings share), [`run`], [`inputs`] and [`checkpoint`] (run folders, the
-//! files that a run reads, exact resume), [`tensorboard`]; [`eval`] with [`report`], [`card`], [`generate`], [`embed`]; [`mod@bench`] (how fast the parts are).
+//! files that a run reads, exact resume), [`tensorboard`]; [`eval`] with [`report`], [`card`], [`generate`];
+//! [`embed`], [`song_encoder`], [`cache`] and [`sets`] (files to embeddings),
+//! [`score`] (any systems against a reference); [`mod@bench`] (how fast the parts are).
 
 pub mod bench;
 pub mod bundle;
+pub mod cache;
 pub mod card;
 pub mod checkpoint;
 pub mod device;
@@ -23,6 +26,9 @@ pub mod pretrain;
 pub mod report;
 pub mod rollout;
 pub mod run;
+pub mod score;
+pub mod sets;
+pub mod song_encoder;
 pub mod tensorboard;
 
 pub use device::device;

@@ -10,6 +10,9 @@ mod generate;
 mod pack;
 mod pretrain;
 mod reproduce;
+mod score;
+mod songs;
+mod stats;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -31,8 +34,12 @@ pub enum Command {
     Pack(pack::Args),
     /// Turn prompts into WAV files
     Generate(generate::Args),
-    /// Turn a folder of audio into embeddings, or into reference statistics
+    /// Turn a folder of audio into embeddings
     Embed(embed::Args),
+    /// Write reference statistics, mean and covariance, of audio, texts or embeddings
+    Stats(stats::Args),
+    /// Measure systems against a reference: distances, diversity, intervals, ranks
+    Score(score::Args),
     /// Fine-tune the diffusion model towards a reward (DRAGON), then compare it with its base
     Finetune(finetune::Args),
     /// Fine-tune by several presets and print their win rates over the base as the paper's Table 1 does
@@ -54,6 +61,8 @@ impl Command {
             Command::Pack(args) => pack::run(args),
             Command::Generate(args) => generate::run(args, stop),
             Command::Embed(args) => embed::run(args, stop),
+            Command::Stats(args) => stats::run(args, stop),
+            Command::Score(args) => score::run(args, stop),
             Command::Finetune(args) => finetune::run(args, stop),
             Command::Reproduce(args) => reproduce::run(args, stop),
             Command::Eval(args) => eval::run(args, stop),

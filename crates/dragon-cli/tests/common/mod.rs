@@ -7,11 +7,19 @@ use std::process::{Command, Output};
 
 use dragon_audio::{Clip, SampleFormat, write_wav};
 
-/// The binary, to be run in `dir`; its environment says nothing about the terminal.
+/// The binary, to be run in `dir`; its environment says nothing about the terminal, and of no cache.
 pub fn command(dir: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_dragon"));
-    command.current_dir(dir).env("NO_COLOR", "1").env_remove("RUST_LOG").env_remove("DRAGON_FIXTURES");
+    quiet(&mut command, dir);
     command
+}
+
+/// The environment of [`command`].
+pub fn quiet(command: &mut Command, dir: &Path) {
+    command.current_dir(dir).env("NO_COLOR", "1");
+    for name in ["RUST_LOG", "DRAGON_FIXTURES", "XDG_CACHE_HOME", "HOME", "LOCALAPPDATA"] {
+        command.env_remove(name);
+    }
 }
 
 /// Runs the binary in `dir`; the arguments are separated by blanks.

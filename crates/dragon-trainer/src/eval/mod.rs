@@ -21,6 +21,7 @@ use sha2::{Digest, Sha256};
 pub use config::{BootstrapConfig, EvalConfig, FoldersConfig, MetricConfig, target_first};
 pub(crate) use summary::number;
 pub use summary::{MetricResult, Monitor, SongResult, Summary, win_rates};
+pub(crate) use systems::caption_of;
 
 use crate::bundle::{self, Bundle};
 use crate::embedder::{EmbedConfig, Embedder};

@@ -187,7 +187,10 @@ struct Short(f64);
 
 impl std::fmt::Display for Short {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let digits = (3 - self.0.abs().max(1e-9).log10().floor() as i32).clamp(0, 6) as usize;
+        let digits = match self.0 {
+            0.0 => 0,
+            x => (3 - x.abs().max(1e-9).log10().floor() as i32).clamp(0, 6) as usize,
+        };
         if f.sign_plus() { write!(f, "{:+.digits$}", self.0) } else { write!(f, "{:.digits$}", self.0) }
     }
 }

@@ -153,7 +153,11 @@ pub(super) fn files_of(cfg: &FoldersConfig) -> Result<([Vec<PathBuf>; 2], bool)>
     Ok((files, paired))
 }
 
-fn caption_of<'a>(file: &Path, prompts: Option<&'a [Prompt]>) -> Result<&'a str> {
+/// The caption whose id is the name of a song without its ending.
+///
+/// # Errors
+/// If there is none.
+pub(crate) fn caption_of<'a>(file: &Path, prompts: Option<&'a [Prompt]>) -> Result<&'a str> {
     let id = file.file_stem().unwrap_or_default().to_string_lossy();
     let found = prompts.and_then(|prompts| prompts.iter().find(|p| p.id == id));
     found.map(|p| p.caption.as_str()).ok_or_else(|| Error::Data {

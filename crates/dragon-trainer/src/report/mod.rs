@@ -104,6 +104,28 @@ pub enum Chart {
         /// Name and values of each distribution.
         series: Vec<(String, Vec<f64>)>,
     },
+    /// Named points in the plane; the first set is drawn on top.
+    Points {
+        /// Heading.
+        title: String,
+        /// Name and unit of the horizontal axis.
+        x_label: String,
+        /// Name and unit of the vertical axis.
+        y_label: String,
+        /// Name and points of each set.
+        series: Vec<(String, Vec<Point>)>,
+    },
+}
+
+/// A point with a name, which a pointer over it shows.
+#[derive(Debug, Clone, Default)]
+pub struct Point {
+    /// Along the horizontal axis; not drawn unless finite, as the other.
+    pub x: f64,
+    /// Along the vertical axis.
+    pub y: f64,
+    /// Its name.
+    pub label: String,
 }
 
 /// One prompt and what was made of it.
@@ -301,6 +323,18 @@ mod tests {
                     x_label: "reward".into(),
                     series: vec![("base".into(), vec![1.0, 2.0, 2.5]), ("tuned".into(), vec![2.0, 3.0])],
                 },
+                Chart::Points {
+                    title: "Map".into(),
+                    x_label: "axis 1".into(),
+                    y_label: "axis 2".into(),
+                    series: vec![(
+                        "base".into(),
+                        vec![
+                            Point { x: 1.0, y: 2.0, label: "a<b>.wav".into() },
+                            Point { x: f64::NAN, y: 0.0, label: "nowhere".into() },
+                        ],
+                    )],
+                },
             ],
             songs: vec![Song {
                 caption: "a \"slow\" reel".into(),
@@ -318,12 +352,15 @@ mod tests {
             "<td>1.5</td>",
             "<polyline",
             "<rect",
+            "<circle",
+            "<title>a&lt;b&gt;.wav</title>",
             "data:audio/wav",
             "a &quot;slow&quot; reel",
         ] {
             assert!(page.contains(part), "{part}");
         }
         assert!(!page.contains("http"), "the page asks for something from outside");
+        assert!(!page.contains("nowhere"), "a point that is not finite was drawn");
         assert!(!page.contains("NaN"), "a value that is not finite reached the page");
     }
 

@@ -1,8 +1,8 @@
-//! Charts as inline SVG: curves and histograms with axes, ticks and a legend.
+//! Charts as inline SVG: curves, histograms and points with axes, ticks and a legend.
 
 use std::fmt::Write as _;
 
-use super::{Chart, escape};
+use super::{Chart, Point, escape};
 
 const WIDTH: f64 = 520.0;
 const HEIGHT: f64 = 260.0;
@@ -12,6 +12,8 @@ const TOP: f64 = 10.0;
 const BOTTOM: f64 = 40.0;
 const COLOURS: usize = 6; // --s0 … --s5 in the style sheet
 const BINS: usize = 32;
+/// Most distributions that are drawn as bars over each other; more are outlined.
+const FILLED: usize = 2;
 
 /// Appends a figure with the chart.
 pub fn chart(page: &mut String, chart: &Chart) {
@@ -65,6 +67,10 @@ pub fn chart(page: &mut String, chart: &Chart) {
                 (highest > 0.0).then_some(Frame { x: (low, high), y: (0.0, highest * 1.05), log_y: false });
             figure(page, title, x_label, "share, %", frame, &names(&shares), |page, frame| {
                 for (i, (_, bins)) in shares.iter().enumerate() {
+                    if shares.len() > FILLED {
+                        outline(page, frame, bins, (low, width), i);
+                        continue;
+                    }
                     for (k, share) in bins.iter().enumerate().filter(|b| *b.1 > 0.0) {
                         let (x0, x1) =
                             (frame.x(low + k as f64 * width), frame.x(low + (k + 1) as f64 * width));
@@ -81,7 +87,54 @@ pub fn chart(page: &mut String, chart: &Chart) {
                 }
             });
         }
+        Chart::Points { title, x_label, y_label, series } => {
+            let sets: Vec<(&str, Vec<&Point>)> = series
+                .iter()
+                .map(|(name, points)| {
+                    (name.as_str(), points.iter().filter(|p| p.x.is_finite() && p.y.is_finite()).collect())
+                })
+                .collect();
+            let all = || sets.iter().flat_map(|set| set.1.iter());
+            let frame = Frame::around(all().map(|p| p.x), all().map(|p| p.y), false).map(|frame| {
+                let margin = 0.04 * (frame.x.1 - frame.x.0);
+                Frame { x: (frame.x.0 - margin, frame.x.1 + margin), ..frame }
+            });
+            figure(page, title, x_label, y_label, frame, &names(&sets), |page, frame| {
+                for (i, (_, points)) in sets.iter().enumerate().rev() {
+                    // Few points are drawn large, many small.
+                    let radius = if points.len() > 200 { 2.0 } else { 3.5 };
+                    for point in points {
+                        let _ = write!(
+                            page,
+                            "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"{radius}\" fill=\"var(--s{})\" \
+                             fill-opacity=\".65\"><title>{}</title></circle>",
+                            frame.x(point.x),
+                            frame.y(point.y),
+                            i % COLOURS,
+                            escape(&point.label)
+                        );
+                    }
+                }
+            });
+        }
     }
+}
+
+/// Bins from `low` on, each `width` wide, as one line of steps with a tint below it.
+fn outline(page: &mut String, frame: &Frame, bins: &[f64], (low, width): (f64, f64), i: usize) {
+    let colour = i % COLOURS;
+    let _ = write!(
+        page,
+        "<polyline fill=\"var(--s{colour})\" fill-opacity=\".1\" stroke=\"var(--s{colour})\" stroke-width=\"1.6\" \
+         stroke-linejoin=\"round\" points=\"{:.1},{:.1} ",
+        frame.x(low),
+        frame.y(0.0)
+    );
+    for (k, share) in bins.iter().enumerate() {
+        let (x0, x1) = (frame.x(low + k as f64 * width), frame.x(low + (k + 1) as f64 * width));
+        let _ = write!(page, "{x0:.1},{y:.1} {x1:.1},{y:.1} ", y = frame.y(*share));
+    }
+    let _ = write!(page, "{:.1},{:.1}\"/>", frame.x(low + bins.len() as f64 * width), frame.y(0.0));
 }
 
 fn names<'a, T>(series: &[(&'a str, T)]) -> Vec<&'a str> {
@@ -230,6 +283,19 @@ mod tests {
         assert_eq!(number(0.25), "0.25");
         assert_eq!(number(1500.0), "1500");
         assert_eq!(number(-2.0), "-2");
+    }
+
+    #[test]
+    fn two_distributions_are_bars_and_more_are_outlines() {
+        let draw = |n: usize| {
+            let series = (0..n).map(|i| (format!("s{i}"), vec![0.0, i as f64, 3.0])).collect();
+            let histogram = Chart::Histogram { title: String::new(), x_label: String::new(), series };
+            let mut page = String::new();
+            chart(&mut page, &histogram);
+            (page.matches("<rect").count(), page.matches("<polyline").count())
+        };
+        assert_eq!(draw(2), (2 + 3, 0)); // values 0, 0, 3 and 0, 1, 3
+        assert_eq!(draw(3), (0, 3));
     }
 
     #[test]

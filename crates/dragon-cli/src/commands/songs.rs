@@ -1,0 +1,153 @@
+//! What the commands that embed songs have in common: the encoder, its setting, the cache, files that are skipped.
+
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use clap::ValueEnum;
+use dragon_metrics::Convention;
+use dragon_trainer::cache::Cache;
+use dragon_trainer::embed::{OnBad, Skipped};
+use dragon_trainer::embedder::{EncoderConfig, Setting};
+use dragon_trainer::song_encoder::SongEncoder;
+use serde::{Deserialize, Serialize};
+
+use crate::settings;
+
+/// How songs are embedded.
+#[derive(clap::Args)]
+pub struct SongArgs {
+    /// `musicnn`, `clap` (the shipped one) or the folder of a CLAP, or `vae` (latent frames of a model folder); short
+    /// for --set encoder=…
+    #[arg(long, value_name = "NAME or DIR")]
+    encoder: Option<String>,
+    /// How a song is cut into windows; short for --set setting=…
+    #[arg(long, value_enum)]
+    setting: Option<SettingName>,
+    /// Seconds between windows; short for --set setting.hop_s=S
+    #[arg(long, value_name = "S")]
+    hop: Option<f64>,
+    /// Model folder whose VAE encodes, for the encoder `vae`
+    #[arg(long, value_name = "DIR", default_value = "builtin:tiny")]
+    model: String,
+    /// Leave out files that cannot be used, and list them, instead of stopping at the first
+    #[arg(long)]
+    skip_bad: bool,
+    /// Embed every song anew; else embeddings are kept in the user's cache folder ($XDG_CACHE_HOME/dragon or
+    /// ~/.cache/dragon), by file content, encoder, weights and setting
+    #[arg(long)]
+    no_cache: bool,
+    /// Where tensors live: `cpu` or `cuda`
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
+/// A setting by name.
+#[derive(Clone, Copy, ValueEnum)]
+enum SettingName {
+    /// Windows at a fixed hop, as many as fit whole
+    Windows,
+    /// Windows at a fixed hop, zero-padded at the end, as the program fadtk has them
+    Fadtk,
+    /// Eight windows from start to end and the whole song, each peak-normalised (the paper's MA)
+    Ma,
+}
+
+/// A preset of presets/embed.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EmbedPreset {
+    /// What embeds.
+    pub encoder: EncoderConfig,
+    /// How a song is cut.
+    pub setting: Setting,
+}
+
+impl SongArgs {
+    /// What the arguments change in a preset with `encoder` and `setting`.
+    pub fn overrides(&self) -> Vec<String> {
+        let mut overrides = Vec::new();
+        overrides.extend(self.encoder.as_ref().map(|encoder| match encoder.as_str() {
+            "musicnn" => {
+                r#"encoder={ kind = "musicnn", weights = "builtin:musicnn/mtt_musicnn.safetensors" }"#.into()
+            }
+            "clap" => r#"encoder={ kind = "clap", dir = "builtin:tiny/clap" }"#.into(),
+            "vae" => "encoder={ kind = \"vae\" }".into(),
+            dir => format!("encoder={{ kind = \"clap\", dir = {} }}", settings::quoted(Path::new(dir))),
+        }));
+        if self.encoder.as_deref() == Some("vae") && self.setting.is_none() {
+            overrides.push(r#"setting={ kind = "vae", latent_direct = false }"#.into());
+        }
+        overrides.extend(self.setting.map(|setting| {
+            let value = match setting {
+                SettingName::Windows => r#"{ kind = "fadtk", hop_s = 0.256, tail = "whole_windows" }"#,
+                SettingName::Fadtk => r#"{ kind = "fadtk", hop_s = 0.256, tail = "zero_padded" }"#,
+                SettingName::Ma => r#"{ kind = "ma", n_windows = 8, whole = true }"#,
+            };
+            format!("setting={value}")
+        }));
+        overrides.extend(self.hop.map(|hop| format!("setting.hop_s={hop:?}")));
+        overrides
+    }
+
+    /// What happens to a file that cannot be used.
+    pub fn on_bad(&self) -> OnBad {
+        if self.skip_bad { OnBad::Skip } else { OnBad::Refuse }
+    }
+
+    /// Loads the encoder.
+    pub fn load(&self, encoder: &EncoderConfig, setting: Setting) -> Result<SongEncoder> {
+        let device = dragon_trainer::device(&self.device)?;
+        let cache = if self.no_cache { None } else { Cache::of_user() };
+        Ok(SongEncoder::load(encoder, setting, &settings::path(&self.model), &device, cache)?)
+    }
+}
+
+/// A convention by its name.
+pub fn convention(name: &str) -> std::result::Result<Convention, String> {
+    Convention::ALL
+        .into_iter()
+        .find(|convention| convention.name() == name)
+        .ok_or_else(|| format!("expected one of {}", Convention::ALL.map(Convention::name).join(", ")))
+}
+
+/// Checks that a file of embeddings or statistics can be written to `out`; gives its folder.
+pub fn check_out<'a>(out: &'a Path, endings: &[&str]) -> Result<&'a Path> {
+    let ending = out.extension().and_then(|e| e.to_str()).unwrap_or_default();
+    if !endings.contains(&ending) {
+        bail!(
+            "cannot write `{}`: expected an ending of {}, found `{ending}`\nhint: name a file such as songs.npz",
+            out.display(),
+            endings.join(", ")
+        );
+    }
+    let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !parent.is_dir() {
+        bail!(
+            "there is no folder `{}` to write `{}` to\nhint: make it, or check the path",
+            parent.display(),
+            out.display()
+        );
+    }
+    Ok(parent)
+}
+
+/// The end of a line about songs: how many files were left out.
+pub fn left_out(skipped: &[Skipped]) -> String {
+    match skipped.len() {
+        0 => String::new(),
+        1 => ", 1 file left out (named above)".into(),
+        n => format!(", {n} files left out (named above)"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_preset_is_a_valid_config() {
+        settings::assert_every_key_is_shown("embed/default", |set| {
+            settings::resolve::<EmbedPreset>("embed/default", None, set).map(drop)
+        });
+    }
+}
