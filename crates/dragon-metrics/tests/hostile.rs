@@ -150,7 +150,13 @@ fn what_a_file_lacks_is_said_with_its_name_and_row() {
         std::fs::write(&path, bytes).unwrap();
         files::read_embeddings(&path, None).unwrap_err().to_string()
     };
+    let stored = |entry: &[u8]| npz("x.npy", entry, zip::CompressionMethod::Stored);
+    let mut flipped = stored(&npy("(1, 1)", &1.0f64.to_le_bytes()));
+    let value = flipped.windows(8).position(|bytes| bytes == 1.0f64.to_le_bytes()).unwrap();
+    flipped[value] ^= 1;
     for (name, bytes, want) in [
+        ("flipped.npz", flipped, "entry `x`: cannot read to its end: Invalid checksum"),
+        ("long.npz", stored(&npy("(1, 1)", &[0; 9])), "entry `x`: bytes follow the array"),
         ("none.npy", npy("(0, 512)", &[]), "embeddings have shape [0, 512]: it holds none"),
         ("flat.npy", npy("(3, 0)", &[]), "columns of the embeddings: expected at least 1, found 0"),
         ("inf.npy", npy("(2, 1)", &[[0; 8], f64::INFINITY.to_le_bytes()].concat()), "row 1, column 0 is inf"),

@@ -115,12 +115,25 @@ mod tests {
             .collect();
         assert_eq!(entries.len(), 3, "{entries:?}");
         assert_eq!(std::fs::read_dir(&songs).unwrap().count(), 3, "nothing beside the audio");
-        for entry in &entries {
-            let bytes = std::fs::read(entry).unwrap();
-            std::fs::write(entry, &bytes[..bytes.len() / 2]).unwrap();
-        }
+        let damage = |how: fn(&mut Vec<u8>)| {
+            for entry in &entries {
+                let mut bytes = std::fs::read(entry).unwrap();
+                how(&mut bytes);
+                std::fs::write(entry, bytes).unwrap();
+            }
+        };
+        damage(|bytes| bytes.truncate(bytes.len() / 2));
         assert_eq!(ask("x", "a.wav").row(1), first.row(1), "half an entry is seen");
         assert_eq!(made.load(Ordering::Relaxed), 4);
+        ask("x", "c.wav");
+        ask("y", "a.wav");
+        damage(|bytes| {
+            let value = 0.1f32.to_le_bytes();
+            let at = bytes.windows(4).position(|four| four == value).unwrap();
+            bytes[at] ^= 1;
+        });
+        assert_eq!(ask("x", "a.wav").row(1), first.row(1), "a flipped bit is seen");
+        assert_eq!(made.load(Ordering::Relaxed), 7);
     }
 
     #[test]

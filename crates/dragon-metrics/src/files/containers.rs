@@ -58,7 +58,13 @@ fn zip_of<R: Read + Seek>(reader: R) -> std::result::Result<ZipArchive<R>, Strin
 fn npz_array<R: Read + Seek>(zip: &mut ZipArchive<R>, key: &str) -> std::result::Result<Array, String> {
     let mut entry = zip.by_name(&format!("{key}.npy")).map_err(|e| format!("entry `{key}`: {e}"))?;
     let size = entry.size();
-    npy_from(&mut entry, size).map_err(|e| format!("entry `{key}`: {e}"))
+    let array = npy_from(&mut entry, size).map_err(|e| format!("entry `{key}`: {e}"))?;
+    // The checksum is compared where the entry ends.
+    match entry.read(&mut [0u8]) {
+        Ok(0) => Ok(array),
+        Ok(_) => Err(format!("entry `{key}`: bytes follow the array")),
+        Err(e) => Err(format!("entry `{key}`: cannot read to its end: {e}")),
+    }
 }
 
 /// All arrays in the bytes of a `.npz` file, by name.
