@@ -14,8 +14,10 @@ fn presets_are_run_once_and_their_win_rates_stand_in_one_table() {
                    --set eval.sampler.n_steps=1 --set eval.bootstrap.subsets=3 --set eval.bootstrap.songs=2 \
                    --set eval.examples=0";
     let stdout = accepted(dir, command);
-    let table = std::fs::read_to_string(dir.join("all/table-1.md")).unwrap();
-    for part in ["| clap-score | 2 |", "| vendi | 2 |", "mean of the targets: [", "## vendi"] {
+    let table = std::fs::read_to_string(dir.join("all/tables.md")).unwrap();
+    for part in
+        ["| clap-score | 2 |", "| vendi | 2 |", "mean of the targets: [", "(paper, Table 10)", "## vendi"]
+    {
         assert!(table.contains(part), "`{part}` is missing in\n{table}");
     }
     assert!(stdout.contains("mean of the targets"), "{stdout}");

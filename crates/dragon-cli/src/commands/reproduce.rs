@@ -1,11 +1,11 @@
-//! `dragon reproduce`: fine-tunings one after the other, and their win rates in the layout of the paper's Table 1.
+//! `dragon reproduce`: fine-tunings one after the other, and their results in the layouts of the paper's tables.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
-use dragon_trainer::eval::{Summary, win_rates};
+use dragon_trainer::eval::{Summary, appendix_tables, win_rates};
 use dragon_trainer::run::write_atomic;
 
 use super::{ConfigArgs, RunArgs, finetune};
@@ -13,7 +13,7 @@ use crate::settings;
 
 /// Fine-tune by several presets and print their win rates over the base as the paper's Table 1 does
 ///
-/// Each preset has its folder OUT/PRESET. A preset that is done is not run again, one that was stopped goes on.
+/// OUT/tables.md also has them in the layouts of its Tables 6 to 10, with the values. Each preset has its folder OUT/PRESET. A preset that is done is not run again, one that was stopped goes on.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -32,7 +32,7 @@ pub struct Args {
     /// Where tensors live: `cpu` or `cuda` (`cuda:1` for the second GPU)
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// Folder of the runs, of table-1.md and table-1.json
+    /// Folder of the runs, of tables.md and tables.json
     #[arg(long, value_name = "DIR", default_value = "runs/reproduce")]
     out: PathBuf,
 }
@@ -61,21 +61,28 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
         write(&args.out, &done)?;
     }
     print!("{}", win_rates(&done).to_text());
-    println!("{}", args.out.join("table-1.md").display());
+    println!("{}", args.out.join("tables.md").display());
     Ok(())
 }
 
 /// Writes what is done so far.
 fn write(out: &Path, done: &[(String, Summary)]) -> Result<()> {
-    let table = win_rates(done);
-    let mut text = format!("{}\n\n{}", table.note, table.to_markdown());
+    let mut text = String::new();
+    for table in std::iter::once(win_rates(done)).chain(appendix_tables(done)) {
+        text += &format!("## {}\n\n", table.title);
+        if !table.note.is_empty() {
+            text += &format!("{}\n\n", table.note);
+        }
+        text += &table.to_markdown();
+        text.push('\n');
+    }
     for (preset, summary) in done {
         text += &format!("\n## {preset}\n\n{}", summary.to_markdown());
     }
-    write_atomic(&out.join("table-1.md"), text.as_bytes())?;
+    write_atomic(&out.join("tables.md"), text.as_bytes())?;
     let json: Vec<_> = done
         .iter()
         .map(|(preset, summary)| serde_json::json!({ "preset": preset, "metrics": summary.metrics }))
         .collect();
-    Ok(write_atomic(&out.join("table-1.json"), &serde_json::to_vec_pretty(&json)?)?)
+    Ok(write_atomic(&out.join("tables.json"), &serde_json::to_vec_pretty(&json)?)?)
 }

@@ -81,8 +81,8 @@ impl Comparison<'_> {
                 if paired {
                     song_win_rate = Some(win_rate(tuned, base, Better::Higher).map_err(failed)?);
                 }
-                let (mean, n) = (base.iter().sum::<f64>() / base.len() as f64, base.len() as f64);
-                let std = (base.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt();
+                let (center, n) = (mean(base), base.len() as f64);
+                let std = (base.iter().map(|x| (x - center).powi(2)).sum::<f64>() / (n - 1.0)).sqrt();
                 effect_size = (std > 0.0).then(|| (full[1] - full[0]) / std);
             }
             let printed =
@@ -99,17 +99,22 @@ impl Comparison<'_> {
                 ),
                 song_win_rate,
                 set_win_rate,
+                subset_means: (sign * mean(&on_subsets[0]), sign * mean(&on_subsets[1])),
                 effect_size,
                 base_songs: printed(&scores[0]),
                 tuned_songs: printed(&scores[1]),
             });
         }
-        let mean =
-            |s: usize, k: usize| systems[s].monitors.iter().map(|m| m[k]).sum::<f64>() / sizes[s] as f64;
+        let monitored =
+            |s: usize, k: usize| mean(&systems[s].monitors.iter().map(|m| m[k]).collect::<Vec<_>>());
         let monitors = MONITORS
             .iter()
             .enumerate()
-            .map(|(k, (_, name))| Monitor { name: (*name).into(), base: mean(0, k), tuned: mean(1, k) })
+            .map(|(k, (_, name))| Monitor {
+                name: (*name).into(),
+                base: monitored(0, k),
+                tuned: monitored(1, k),
+            })
             .collect();
         let [base, tuned] = names;
         let warnings = disagreements(&results);
@@ -146,6 +151,10 @@ fn disagreements(metrics: &[MetricResult]) -> Vec<String> {
             )
         })
         .collect()
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len().max(1) as f64
 }
 
 fn mean_of(scores: &[f64], members: &[usize]) -> f64 {

@@ -5,13 +5,15 @@
 //! Clopper-Pearson interval; every reward gives its value on all songs and a win rate over random subsets.
 //!
 //! Reading order: `config` says what an evaluation depends on; `systems` makes or reads
-//! the songs; `compare` measures them; `summary` holds what was found and prints it; `page` makes the report.
+//! the songs; `compare` measures them; `summary` holds what was found and prints it; `tables` puts several side by side;
+//! `page` makes the report.
 
 mod compare;
 mod config;
 mod page;
 mod summary;
 mod systems;
+mod tables;
 
 use std::path::{Path, PathBuf};
 
@@ -20,8 +22,9 @@ use sha2::{Digest, Sha256};
 
 pub use config::{BootstrapConfig, EvalConfig, FoldersConfig, MetricConfig, target_first};
 pub(crate) use summary::number;
-pub use summary::{MetricResult, Monitor, SongResult, Summary, win_rates};
+pub use summary::{MetricResult, Monitor, SongResult, Summary};
 pub(crate) use systems::caption_of;
+pub use tables::{appendix_tables, win_rates};
 
 use crate::bundle::{self, Bundle};
 use crate::embedder::{EmbedConfig, Embedder};

@@ -7,6 +7,7 @@ use dragon_audio::SampleFormat;
 
 use super::summary::{Summary, number};
 use super::systems::System;
+use super::tables::appendix_tables;
 use crate::error::{Error, Result};
 use crate::generate::slug;
 use crate::report;
@@ -81,7 +82,9 @@ pub(super) fn page(summary: &Summary, systems: &[System], title: &str) -> report
         head,
         rows,
     };
-    report::Report { title: title.into(), lead, facts: Vec::new(), tables: vec![table], charts, songs }
+    let mut tables = vec![table];
+    tables.extend(appendix_tables(&[(summary.tuned.clone(), summary.clone())]));
+    report::Report { title: title.into(), lead, facts: Vec::new(), tables, charts, songs }
 }
 
 /// Curves of the run that made a tuned model.

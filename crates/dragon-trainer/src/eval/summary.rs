@@ -44,6 +44,8 @@ pub struct MetricResult {
     pub song_win_rate: Option<WinRate>,
     /// Share of the subsets on which the tuned model is better.
     pub set_win_rate: f64,
+    /// Means over the subsets, of the base and of the tuned model: a set's distance or diversity depends on its size.
+    pub subset_means: (f64, f64),
     /// Mean difference over the standard deviation of the base's songs, positive where tuned is better.
     pub effect_size: Option<f64>,
     /// Values of the base's songs.
@@ -148,40 +150,6 @@ impl Summary {
     }
 }
 
-/// Several evaluations in the layout of the paper's Table 1: a row for what was optimised, a column for each metric, in
-/// the cell the win rate over the base in percent (of songs where the metric has a value of each, else of subsets) and, in
-/// brackets, that of the row's own target. The last row has the mean of the targets.
-pub fn win_rates(runs: &[(String, Summary)]) -> crate::report::Table {
-    let mut names: Vec<&str> = Vec::new();
-    for metric in runs.iter().flat_map(|(_, summary)| &summary.metrics) {
-        if !names.contains(&metric.name.as_str()) {
-            names.push(&metric.name);
-        }
-    }
-    names.sort_unstable();
-    let rate = |m: &MetricResult| 100.0 * m.song_win_rate.as_ref().map_or(m.set_win_rate, |won| won.rate);
-    let head = ["optimised", "prompts"].into_iter().chain(names.iter().copied()).map(str::to_owned).collect();
-    let mut rows: Vec<Vec<String>> = runs
-        .iter()
-        .map(|(run, summary)| {
-            let cells = names.iter().map(|name| match summary.metrics.iter().position(|m| m.name == *name) {
-                None => "-".to_owned(),
-                Some(0) => format!("[{:.1}]", rate(&summary.metrics[0])),
-                Some(i) => format!("{:.1}", rate(&summary.metrics[i])),
-            });
-            [run.clone(), summary.n_songs.to_string()].into_iter().chain(cells).collect()
-        })
-        .collect();
-    let targets: Vec<f64> = runs.iter().map(|(_, summary)| rate(summary.target())).collect();
-    let mean = targets.iter().sum::<f64>() / targets.len().max(1) as f64;
-    let mut last = vec!["-".to_owned(); names.len() + 2];
-    (last[0], last[1]) = (format!("mean of the targets: [{mean:.1}]"), String::new());
-    rows.push(last);
-    let note = "Songs won over the base in percent, or sets of songs where a metric has no value of one song; in brackets: \
-                the reward that was optimised.";
-    crate::report::Table { title: "Win rates".into(), note: note.into(), head, rows }
-}
-
 /// Four significant digits.
 struct Short(f64);
 
@@ -198,50 +166,4 @@ impl std::fmt::Display for Short {
 /// `value` in four significant digits.
 pub(crate) fn number(value: f64) -> String {
     Short(value).to_string()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_table_of_win_rates_puts_the_target_in_brackets_and_averages_the_targets() {
-        let metric = |name: &str, set_win_rate: f64| MetricResult {
-            name: name.into(),
-            reward: String::new(),
-            lower_is_better: false,
-            base: 0.0,
-            tuned: 0.0,
-            difference_95: (0.0, 0.0),
-            song_win_rate: None,
-            set_win_rate,
-            effect_size: None,
-            base_songs: None,
-            tuned_songs: None,
-        };
-        let summary = |metrics| Summary {
-            base: String::new(),
-            tuned: String::new(),
-            n_songs: 9,
-            metrics,
-            monitors: Vec::new(),
-            warnings: Vec::new(),
-            inputs_sha256: String::new(),
-            songs: Vec::new(),
-        };
-        let mut songs = metric("b", 0.1);
-        songs.song_win_rate = Some(
-            dragon_metrics::win_rate(&[1.0, 1.0, 1.0, 0.0], &[0.5; 4], dragon_metrics::Better::Higher)
-                .unwrap(),
-        );
-        let runs = [
-            ("x".into(), summary(vec![metric("a", 0.5), songs])),
-            ("y".into(), summary(vec![metric("c", 1.0)])),
-        ];
-        let table = win_rates(&runs);
-        assert_eq!(table.head, ["optimised", "prompts", "a", "b", "c"]);
-        assert_eq!(table.rows[0], ["x", "9", "[50.0]", "75.0", "-"]);
-        assert_eq!(table.rows[1], ["y", "9", "-", "-", "[100.0]"]);
-        assert_eq!(table.rows[2][0], "mean of the targets: [75.0]");
-    }
 }
