@@ -19,7 +19,7 @@ use crate::arrange::{Arrangement, arrange};
 use crate::caption::caption;
 use crate::clips::{Form, Refusal};
 use crate::error::{Error, Result};
-use crate::manifest::{CaptionSource, Corpus, Entry, Shares};
+use crate::manifest::{CaptionSource, Corpus, Entry, Shares, Split};
 use crate::rng::{Choices, sha256_hex};
 use crate::store::{Store, slug};
 
@@ -46,6 +46,8 @@ pub struct Options {
     pub clip: Form,
     /// Held-out shares of the pieces.
     pub split: Shares,
+    /// Which parts of that split to render; a clip is the same whichever others are.
+    pub parts: Vec<Split>,
 }
 
 impl Options {
@@ -56,6 +58,9 @@ impl Options {
     pub fn check(&self) -> Result<()> {
         if self.n_clips == 0 {
             return Err(Error::config("n_clips", "at least 1", self.n_clips));
+        }
+        if self.parts.is_empty() {
+            return Err(Error::config("parts", "at least one of train, valid, test", "none"));
         }
         self.clip.check()?;
         self.split.check()
@@ -93,7 +98,13 @@ struct Piece {
 /// If a setting cannot work, tunes or soundfont are missing or unusable, or the folder holds clips of other settings.
 pub fn render(options: &Options, stop: &AtomicBool) -> Result<Summary> {
     options.check()?;
-    let pieces = find_tunes(&options.tunes)?;
+    let mut pieces = find_tunes(&options.tunes)?;
+    let tunes_sha256 = tunes_hash(&pieces);
+    pieces.retain(|tune| options.parts.contains(&options.split.split_of(&tune.piece)));
+    if pieces.is_empty() {
+        let detail = format!("no tune falls to {:?}", options.parts);
+        return Err(Error::Nothing { what: "tunes", path: options.tunes.clone(), detail });
+    }
     let font_bytes = fs::read(&options.soundfont).map_err(|e| missing(&options.soundfont, "soundfont", e))?;
     let font = SoundFont::new(&mut font_bytes.as_slice()).map_err(|e| Error::Input {
         what: "soundfont",
@@ -106,7 +117,7 @@ pub fn render(options: &Options, stop: &AtomicBool) -> Result<Summary> {
         "seed": options.seed,
         "soundfont": font_name,
         "soundfont_sha256": sha256_hex(&font_bytes),
-        "tunes_sha256": tunes_hash(&pieces),
+        "tunes_sha256": tunes_sha256,
         "clip": options.clip,
         "split": options.split,
     });

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use dragon_data::clips::Form;
 use dragon_data::render::{Options, Summary, render};
 
-use dragon_data::{Error, Shares, read_manifest};
+use dragon_data::{Entry, Error, Shares, Split, read_manifest};
 
 /// A soundfont with one looped wave as melodic preset and as drum kit.
 fn soundfont() -> Vec<u8> {
@@ -96,6 +96,7 @@ fn options(dir: &Path, out: &str, n_clips: usize) -> Options {
         seed: 3,
         clip: Form::default(),
         split: Shares::default(),
+        parts: vec![Split::Train, Split::Valid, Split::Test],
     }
 }
 
@@ -169,6 +170,36 @@ fn the_same_seed_gives_the_same_bytes_whatever_the_threads_and_interruptions() {
 }
 
 #[test]
+fn a_part_of_the_split_has_the_clips_that_it_has_in_the_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    inputs(dir.path());
+    let split = (1..100)
+        .map(|valid_percent| Shares { valid_percent, test_percent: 0 })
+        .find(|split| split.split_of("first") != split.split_of("second"))
+        .unwrap();
+    let all = Options { split, ..options(dir.path(), "all", 9) };
+    run(&all, 2);
+    let held_out: Vec<Entry> = read_manifest(&dir.path().join("all/manifest.jsonl"))
+        .unwrap()
+        .into_iter()
+        .filter(|entry| entry.split == Split::Valid)
+        .collect();
+    let part =
+        Options { parts: vec![Split::Valid], n_clips: held_out.len(), ..options(dir.path(), "part", 0) };
+    run(&Options { split: all.split.clone(), ..part }, 2);
+    assert_eq!(read_manifest(&dir.path().join("part/manifest.jsonl")).unwrap(), held_out);
+    for entry in &held_out {
+        let bytes = |run: &str| fs::read(dir.path().join(run).join(&entry.path)).unwrap();
+        assert!(bytes("all") == bytes("part"), "{}", entry.path);
+    }
+    // The same folder takes the rest in.
+    let rest = Options { out: dir.path().join("part"), ..all };
+    assert_eq!(run(&rest, 1).n_kept, held_out.len());
+    let nothing = render(&Options { parts: vec![Split::Test], ..rest }, &AtomicBool::new(false)).unwrap_err();
+    assert!(nothing.to_string().contains("no tune falls to [Test]"), "{nothing}");
+}
+
+#[test]
 fn a_folder_of_other_settings_is_left_alone() {
     let dir = tempfile::tempdir().unwrap();
     inputs(dir.path());
@@ -215,6 +246,10 @@ fn settings_that_cannot_work_are_named() {
     let form = |clip: Form| Options { clip, ..good.clone() };
     for (bad, part) in [
         (Options { n_clips: 0, ..good.clone() }, "`n_clips`: expected at least 1, found 0"),
+        (
+            Options { parts: Vec::new(), ..good.clone() },
+            "`parts`: expected at least one of train, valid, test",
+        ),
         (
             form(Form { sample_rate_hz: 0, ..Form::default() }),
             "`clip.sample_rate_hz`: expected 8000 to 96000 Hz, found 0",

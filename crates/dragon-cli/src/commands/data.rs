@@ -117,6 +117,7 @@ struct RenderPreset {
     n_clips: usize,
     clip: Form,
     split: Shares,
+    parts: Vec<dragon_data::Split>,
 }
 
 /// The preset data/import.
@@ -160,7 +161,7 @@ pub fn run(command: Command, stop: &Arc<AtomicBool>) -> Result<()> {
             overrides.extend(short("cache", args.cache, path));
             overrides.extend(short("n_clips", args.clips, usize::to_string));
             let preset: RenderPreset = settings::resolve("data/render", args.config.path(), &overrides)?;
-            let RenderPreset { seed, tunes, soundfont, cache, n_clips, clip, split } = preset;
+            let RenderPreset { seed, tunes, soundfont, cache, n_clips, clip, split, parts } = preset;
             let mut options = render::Options {
                 tunes: tunes.clone().unwrap_or_default(),
                 soundfont: soundfont.clone().unwrap_or_default(),
@@ -169,6 +170,7 @@ pub fn run(command: Command, stop: &Arc<AtomicBool>) -> Result<()> {
                 seed,
                 clip,
                 split,
+                parts,
             };
             options.check()?; // before anything is downloaded
             match (tunes, soundfont) {
