@@ -20,7 +20,7 @@ Checks and measurements:
                        --write renews it
 
 Everything else is a command of `dragon`, built in release and started with the same arguments:
-  data, pretrain, generate, embed, stats, finetune, eval, …       `cargo xtask help` lists them
+  data, pretrain, generate, embed, stats, score, finetune, eval, …  `cargo xtask help` lists them
   with --device cuda it is built with CUDA, which takes the CUDA toolkit (nvcc)";
 
 fn main() -> ExitCode {

@@ -10,6 +10,7 @@ use dragon_metrics::bootstrap::SplitMix64;
 use dragon_metrics::files::{read_embeddings, read_stats, write_embeddings, write_stats};
 use dragon_metrics::{
     Convention, FrechetReference, GaussianStats, KadReference, Kernel, Rows, per_song_fad, prdc, vendi,
+    vendi_order,
 };
 use serde_json::Value;
 
@@ -101,6 +102,15 @@ fn systems_are_ranked_by_the_library_s_own_numbers() {
     let stats = FrechetReference::new(&tool.stats(&reference).unwrap()).unwrap();
     close(value(&rounded, "FAD", "near.npz"), tool.distance(&stats, &near).unwrap());
     assert_ne!(value(&rounded, "FAD", "near.npz"), value(&report, "FAD", "near.npz"));
+
+    let of_order =
+        |q: &str| format!("score near.npz --out order --metric vendi --set subsets=20 --set vendi_order={q}");
+    for (q, name) in [("2", "Vendi of order 2"), ("inf", "Vendi of order inf")] {
+        accepted(dir, &of_order(q));
+        let report = json(&dir.join("order/report.json"));
+        close(value(&report, name, "near.npz"), vendi_order(&near, q.parse().unwrap()).unwrap());
+    }
+    refused(dir, &of_order("-1"), &["`vendi_order`: expected a number of at least 0, or inf, found -1"]);
 }
 
 #[test]

@@ -183,6 +183,15 @@ impl VendiPool {
     /// # Errors
     /// If `members` is empty or an index is out of range.
     pub fn vendi(&self, members: &[usize]) -> Result<f64> {
+        self.vendi_order(members, 1.0)
+    }
+
+    /// The same of order `q`, as [`vendi_order`].
+    ///
+    /// # Errors
+    /// As [`VendiPool::vendi`], and if `q` is negative or NaN.
+    pub fn vendi_order(&self, members: &[usize], q: f64) -> Result<f64> {
+        check_order(q)?;
         if members.is_empty() {
             return Err(Error::TooFew { what: "embeddings for a Vendi score", expected: 1, found: 0 });
         }
@@ -200,7 +209,7 @@ impl VendiPool {
         let k = Mat::from_fn(rows.len(), rows.len(), |i, j| {
             if i < j { 0.0 } else { self.gram[(rows[i], rows[j])] * roots[i] * roots[j] }
         });
-        Ok(effective_number(&symmetric_eigenvalues(k.as_ref())?, rows.len().min(self.dim), 1.0))
+        Ok(effective_number(&symmetric_eigenvalues(k.as_ref())?, rows.len().min(self.dim), q))
     }
 }
 

@@ -85,13 +85,15 @@ fn vendi_scores_meet_exact_values_and_vendi_score() {
         let read = |key: &str| files::read_embeddings(&file, Some(&format!("{case}.{key}"))).unwrap();
         let rows = read("rows");
         let exact = read("exact");
+        let (pool, all) = (VendiPool::new(&rows).unwrap(), (0..rows.n()).collect::<Vec<_>>());
         for (q, want) in [0.0, 0.5, 1.0, 2.0, f64::INFINITY].into_iter().zip(exact.row(0)) {
             let tolerance = if q < 1.0 { 1e-7 } else { 1e-9 } * want; // roots of tiny eigenvalues below order 1
-            assert_close(vendi_order(&rows, q).unwrap(), *want, tolerance, &format!("{case}, order {q}"));
+            let what = format!("{case}, order {q}");
+            assert_close(vendi_order(&rows, q).unwrap(), *want, tolerance, &what);
+            assert_close(pool.vendi_order(&all, q).unwrap(), *want, tolerance, &what);
         }
         assert_close(vendi(&rows).unwrap(), read("vendi_score").row(0)[0], 1e-9 * exact.row(0)[2], case);
-        let all: Vec<usize> = (0..rows.n()).collect();
-        assert_close(VendiPool::new(&rows).unwrap().vendi(&all).unwrap(), exact.row(0)[2], 1e-9, case);
+        assert_close(pool.vendi(&all).unwrap(), exact.row(0)[2], 1e-9, case);
     }
 }
 

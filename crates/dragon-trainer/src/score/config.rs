@@ -73,6 +73,8 @@ pub struct ScoreConfig {
     pub subsets: usize,
     /// What one row of the Vendi score is.
     pub vendi: Pooling,
+    /// Order of the Vendi score, 0 to infinity.
+    pub vendi_order: f64,
     /// Kernel of the kernel distance; its bandwidth is the reference's median distance.
     pub kernel: Kernel,
     /// Neighbours of precision, recall, density and coverage.
@@ -115,6 +117,9 @@ impl ScoreConfig {
             if value < least {
                 return Err(Error::config(key, format!("at least {least}"), value));
             }
+        }
+        if !(self.vendi_order >= 0.0) {
+            return Err(Error::config("vendi_order", "a number of at least 0, or inf", self.vendi_order));
         }
         if self.metrics.as_ref().is_some_and(Vec::is_empty) {
             return Err(Error::config("metrics", "at least one metric", "none"));

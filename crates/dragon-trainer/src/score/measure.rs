@@ -3,7 +3,7 @@
 use dragon_metrics::bootstrap::bootstrap_indices;
 use dragon_metrics::{
     Convention, FadInf, FadInfOptions, FrechetPool, FrechetReference, KadPool, KadReference, Prdc, PrdcPool,
-    Rows, VendiPool, clap_score, fad_inf, per_song_fad, vendi,
+    Rows, VendiPool, clap_score, fad_inf, per_song_fad, vendi_order,
 };
 use dragon_rewards::Pooling;
 use rayon::prelude::*;
@@ -18,7 +18,7 @@ type Computed<T> = dragon_metrics::Result<T>;
 /// What was found.
 pub(super) struct Measured {
     /// Its name in tables.
-    pub name: &'static str,
+    pub name: String,
     pub lower_is_better: bool,
     /// Values that have a meaning.
     pub range: (f64, f64),
@@ -36,11 +36,11 @@ const DISTANCE: (f64, f64) = (0.0, f64::INFINITY);
 const ANY: (f64, f64) = (f64::NEG_INFINITY, f64::INFINITY);
 
 impl Measured {
-    fn distance(name: &'static str, range: (f64, f64), value: f64) -> Self {
-        Self { name, lower_is_better: true, range, value, draws: None, songs: None, line: None }
+    fn distance(name: impl Into<String>, range: (f64, f64), value: f64) -> Self {
+        Self { name: name.into(), lower_is_better: true, range, value, draws: None, songs: None, line: None }
     }
 
-    fn score(name: &'static str, range: (f64, f64), value: f64) -> Self {
+    fn score(name: impl Into<String>, range: (f64, f64), value: f64) -> Self {
         Self { lower_is_better: false, ..Self::distance(name, range, value) }
     }
 
@@ -217,16 +217,18 @@ impl Measurer<'_> {
             return Err(dragon_metrics::Error::ZeroRow { what, row: ranges[song].start }
                 .within(format!("song {song}")));
         }
-        let value = vendi(rows)?;
+        let q = self.cfg.vendi_order;
+        let value = vendi_order(rows, q)?;
         let highest = rows.n() as f64;
         // The smaller of the two matrices.
         let draws = if rows.n() > rows.dim() {
-            draws(subsets, |songs| vendi(&rows.select(&members(songs))?))?
+            draws(subsets, |songs| vendi_order(&rows.select(&members(songs))?, q))?
         } else {
             let pool = VendiPool::new(rows)?;
-            draws(subsets, |songs| pool.vendi(&members(songs)))?
+            draws(subsets, |songs| pool.vendi_order(&members(songs), q))?
         };
-        Ok(Measured::score("Vendi", (1.0, highest), value).drawn(draws))
+        let name = if q == 1.0 { "Vendi".to_owned() } else { format!("Vendi of order {q}") };
+        Ok(Measured::score(name, (1.0, highest), value).drawn(draws))
     }
 }
 

@@ -204,9 +204,9 @@ fn map(reference: Option<&Reference>, systems: &[System]) -> Result<Option<Chart
         Ok(Point { x: at[0], y: at[1], label: name.clone() })
     };
     let mut series = Vec::new();
-    for (name, songs) in &sets {
-        let is_reference = known.is_some_and(|(reference, _)| reference.info.name == **name);
-        let name = if is_reference { format!("{name} (reference)") } else { (*name).to_owned() };
+    for (i, (name, songs)) in sets.iter().enumerate() {
+        // A system may be the reference itself.
+        let name = if i == systems.len() { format!("{name} (reference)") } else { (*name).to_owned() };
         series.push((name, songs.iter().map(place).collect::<Result<Vec<_>>>()?));
     }
     if let (Some(reference), None) = (reference, known) {

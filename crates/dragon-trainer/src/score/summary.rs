@@ -189,7 +189,7 @@ impl Summary {
                     interval: draws.and_then(|draws| Interval::of(difference, &draws, any)),
                 });
                 values.push(RankedValue {
-                    metric: measured.name.into(),
+                    metric: measured.name.clone(),
                     lower_is_better: measured.lower_is_better,
                     rank,
                     system: systems[s].name.clone(),
@@ -245,11 +245,12 @@ impl Summary {
     /// What speaks against taking the numbers as they are.
     fn caveats(&self, cfg: &ScoreConfig) -> Vec<String> {
         let has = |metric: &str| self.values.iter().any(|value| value.metric == metric);
+        let has_vendi = self.values.iter().any(|value| value.metric.starts_with("Vendi"));
         let mut out = Vec::new();
         let sizes: Vec<usize> = self.systems.iter().map(|system| system.n_rows).collect();
         let (least, most) =
             (sizes.iter().min().copied().unwrap_or(0), sizes.iter().max().copied().unwrap_or(0));
-        if least != most && (has("FAD") || has("Vendi")) {
+        if least != most && (has("FAD") || has_vendi) {
             out.push(format!(
                 "the systems have {least} to {most} embeddings: FAD falls and Vendi rises with their number alone; compare \
                  sets of equal size, or by KAD or FAD-infinity"
