@@ -16,6 +16,9 @@ use crate::error::{Error, Result};
 /// The rate that granule positions count in, and the one decoded to.
 const SAMPLE_RATE_HZ: u32 = 48_000;
 
+/// Samples per channel in the shortest packet there is.
+const SHORTEST_PACKET: i64 = 120;
+
 /// Decodes a file: mono or stereo, the header's output gain applied, without the samples that the encoder added at the
 /// start (pre-skip) and at the end (those past the last granule position).
 ///
@@ -73,14 +76,16 @@ pub(crate) fn decode(path: &Path, file: File) -> Result<Audio> {
         let detail = "its first page counts fewer samples than it holds".to_string();
         return Err(Error::Damaged { path: path.to_path_buf(), at_s: 0.0, detail });
     };
-    if n_decoded < n_stated {
+    // A lost page takes a packet along, of 2.5 ms at least; opusenc 0.1 may count some samples too many at the end.
+    if n_decoded + SHORTEST_PACKET <= n_stated {
         return Err(Error::Truncated {
             path: path.to_path_buf(),
             expected: format!("{} samples per channel", n_stated - pre_skip),
             found: (n_decoded - pre_skip).max(0).to_string(),
         });
     }
-    let (start, end) = (pre_skip.min(n_stated) as usize, n_stated as usize);
+    let end = n_stated.min(n_decoded);
+    let (start, end) = (pre_skip.min(end) as usize, end as usize);
     for samples in &mut channels {
         samples.truncate(end);
         samples.drain(..start);

@@ -138,6 +138,10 @@ fn the_pages_state_the_exact_length() {
     let got = shorter.read().unwrap();
     assert_eq!(got.channels[0], audio.channels[0][..24002 - 100]);
 
+    let mut too_much = whole.clone(); // as opusenc 0.1 wrote it: 10 more than there are
+    too_much.packets.last_mut().unwrap().0 = 26 * 960 + 10;
+    assert_eq!(too_much.read().unwrap().n_samples(), 26 * 960 - 312);
+
     let mut later = whole.clone(); // 123 more samples before the music
     let pre_skip = u16::from_le_bytes([whole.head[10], whole.head[11]]);
     later.head[10..12].copy_from_slice(&(pre_skip + 123).to_le_bytes());
