@@ -20,7 +20,8 @@ use crate::resample::SAMPLE_RATES_HZ;
 
 /// Reads an audio file with all its channels.
 ///
-/// The format is taken from the contents and must agree with the file's extension, if that is a known one.
+/// The format is taken from the contents and must agree with the file's extension, if that is a known one. Opus is
+/// decoded at 48 kHz, whatever was encoded, and in Ogg only.
 ///
 /// # Errors
 /// If the file is missing, empty, mislabelled, in an unsupported format, truncated, damaged,
