@@ -6,6 +6,7 @@ use std::path::Path;
 
 use symphonia::core::codecs::CodecParameters;
 use symphonia::core::codecs::audio::AudioDecoderOptions;
+use symphonia::core::codecs::audio::well_known::CODEC_ID_OPUS;
 use symphonia::core::errors::Error as DecoderError;
 use symphonia::core::formats::probe::Hint;
 use symphonia::core::formats::{FormatOptions, TrackType};
@@ -14,19 +15,24 @@ use symphonia::core::meta::MetadataOptions;
 
 use crate::clip::{Audio, Clip};
 use crate::error::{Error, Result};
+use crate::opus;
 use crate::resample::SAMPLE_RATES_HZ;
 
 /// Reads an audio file with all its channels.
 ///
-/// The format is taken from the contents and must agree with the file's extension, if that is a known one.
+/// The format is taken from the contents and must agree with the file's extension, if that is a known one. Opus is
+/// decoded at 48 kHz, whatever was encoded, and in Ogg only.
 ///
 /// # Errors
-/// If the file is missing, empty, mislabelled, in an unsupported format (Opus among them), truncated, damaged,
+/// If the file is missing, empty, mislabelled, in an unsupported format, truncated, damaged,
 /// without samples, or carries NaN or infinite samples.
 pub fn read(path: &Path) -> Result<Audio> {
     let (mut file, kind) = open(path)?;
     file.seek(SeekFrom::Start(0)).map_err(|e| Error::io(path, "read", e))?;
-    let audio = decode(path, file, kind)?;
+    let audio = match kind {
+        Kind::OggOpus => opus::decode(path, file)?,
+        _ => decode(path, file, kind)?,
+    };
     check_samples(path, &audio)?;
     Ok(audio)
 }
@@ -61,11 +67,7 @@ fn open(path: &Path) -> Result<(File, Kind)> {
     let kind = Kind::of(&head[..n_head]);
     check_name(path, kind)?;
     match kind {
-        Kind::OggOpus => {
-            let found = "Ogg Opus (no decoder for Opus is built in)".to_string();
-            return Err(Error::Unsupported { path: path.to_path_buf(), found });
-        }
-        Kind::OggVorbis => check_ogg_end(path, &mut file, n_bytes)?,
+        Kind::OggVorbis | Kind::OggOpus => check_ogg_end(path, &mut file, n_bytes)?,
         Kind::Wav => check_wav_end(path, &mut file, n_bytes)?,
         _ => {}
     }
@@ -114,7 +116,10 @@ pub fn read_duration_s(path: &Path) -> Result<f64> {
     let stated = probed.ok().and_then(|format| {
         let track = format.default_track(TrackType::Audio)?;
         let Some(CodecParameters::Audio(params)) = &track.codec_params else { return None };
-        Some(track.num_frames.filter(|&n| n > 0)? as f64 / f64::from(params.sample_rate?))
+        // For Opus the container's count includes the samples that the encoder added at the start.
+        let n_added = if params.codec == CODEC_ID_OPUS { track.delay.unwrap_or(0) } else { 0 };
+        let n_samples = track.num_frames?.saturating_sub(u64::from(n_added));
+        Some(n_samples).filter(|&n| n > 0).and_then(|n| Some(n as f64 / f64::from(params.sample_rate?)))
     });
     match stated {
         Some(duration_s) => Ok(duration_s),

@@ -135,7 +135,7 @@ pub enum Error {
 }
 
 /// What [`crate::read`] can decode, for messages.
-pub const SUPPORTED: &str = "WAV, FLAC, Ogg Vorbis, MP3, AIFF, CAF, MP4 (AAC, ALAC), Matroska";
+pub const SUPPORTED: &str = "WAV, FLAC, Ogg Vorbis, Ogg Opus, MP3, AIFF, CAF, MP4 (AAC, ALAC), Matroska";
 
 impl Error {
     pub(crate) fn io(path: &Path, action: &'static str, source: std::io::Error) -> Self {

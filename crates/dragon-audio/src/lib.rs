@@ -2,7 +2,7 @@
 //!
 //! Reading order:
 //! - [`clip`]: [`Audio`] (channels) and [`Clip`] (mono), their conversions and windows;
-//! - [`decode`]: files to samples (WAV, FLAC, Ogg Vorbis, MP3, AIFF, MP4/AAC, ...), strict about damage;
+//! - [`decode`]: files to samples (WAV, FLAC, Ogg Vorbis, Ogg Opus, MP3, AIFF, MP4/AAC, ...), strict about damage;
 //! - [`mod@write`]: samples to WAV files, whole or not at all;
 //! - [`mod@resample`]: sample-rate conversion without delay;
 //! - [`mel`]: windows, STFT, mel filter banks and mel spectrograms, equal to librosa's;
@@ -16,6 +16,7 @@ pub mod error;
 pub mod measure;
 pub mod mel;
 pub mod music;
+mod opus;
 pub mod resample;
 pub mod write;
 

@@ -158,7 +158,7 @@ fn a_look_at_a_file_finds_what_needs_no_decoding() {
     let wav = dir.path().join("a.wav");
     write_wav(&wav, &Clip { samples: tone(1000), sample_rate_hz: 8000 }, SampleFormat::Int16).unwrap();
     check(&wav).unwrap();
-    for name in ["tone.flac", "tone.ogg", "tone.mp3", "tone.aiff", "tone_float.wav"] {
+    for name in ["tone.flac", "tone.ogg", "tone.opus", "tone.mp3", "tone.aiff", "tone_float.wav"] {
         check(&fixture("dragon-audio/formats").join(name)).unwrap();
     }
     let whole = fs::read(&wav).unwrap();
@@ -174,28 +174,20 @@ fn a_look_at_a_file_finds_what_needs_no_decoding() {
 }
 
 #[test]
-fn opus_is_refused_by_name() {
-    for name in ["tone.opus", "tone.ogg"] {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join(name);
-        fs::copy(fixture("dragon-audio/formats/tone.opus"), &path).unwrap();
-        assert!(
-            message(&path).contains("found Ogg Opus (no decoder for Opus is built in)"),
-            "{}",
-            message(&path)
-        );
-    }
-}
-
-#[test]
 fn truncated_files_are_errors_at_every_length() {
     let dir = tempfile::tempdir().unwrap();
     let wav = dir.path().join("whole.wav");
     write_wav(&wav, &Clip { samples: tone(4000), sample_rate_hz: 16000 }, SampleFormat::Int16).unwrap();
     let music = fixture("music/cc0_loop_tabla.ogg");
-    for whole in
-        [wav, music, fixture("dragon-audio/formats/tone.flac"), fixture("dragon-audio/formats/tone.aiff")]
-    {
+    let formats = fixture("dragon-audio/formats");
+    for whole in [
+        wav,
+        music,
+        formats.join("tone.flac"),
+        formats.join("tone.aiff"),
+        formats.join("tone.opus"),
+        fixture("dragon-audio/opus/pauses.opus"),
+    ] {
         let bytes = fs::read(&whole).unwrap();
         let path = dir.path().join("cut").with_extension(whole.extension().unwrap());
         for part in 1..8 {
@@ -246,7 +238,7 @@ fn a_refused_write_leaves_the_old_file_and_no_temporary_one() {
 fn damaged_bytes_never_panic() {
     let dir = tempfile::tempdir().unwrap();
     let mut state = 1u64;
-    for name in ["tone.ogg", "tone.flac", "tone.mp3", "tone.aiff", "tone_24bit.wav"] {
+    for name in ["tone.ogg", "tone.opus", "tone.flac", "tone.mp3", "tone.aiff", "tone_24bit.wav"] {
         let whole = fs::read(fixture("dragon-audio/formats").join(name)).unwrap();
         for _ in 0..40 {
             let mut bytes = whole.clone();

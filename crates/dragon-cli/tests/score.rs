@@ -324,8 +324,8 @@ fn input_that_cannot_be_used_is_named() {
     std::fs::create_dir(dir.join("empty")).unwrap();
     write_tone(&dir.join("both/a.wav"), 3.4, 0.3);
     write_embeddings(&dir.join("both/a.npy"), "", &rows(5, 3, 0.0)).unwrap();
-    write_tone(&dir.join("opus/a.wav"), 3.4, 0.3);
-    std::fs::copy(fixture("dragon-audio/formats/tone.opus"), dir.join("opus/tone.opus")).unwrap();
+    write_tone(&dir.join("text/a.wav"), 3.4, 0.3);
+    std::fs::write(dir.join("text/notes.wav"), "la la la").unwrap();
     write_tone(&dir.join("single/a.wav"), 3.4, 0.3);
     tones(dir, "songs", 3.4);
     for (args, parts) in [
@@ -335,7 +335,7 @@ fn input_that_cannot_be_used_is_named() {
         ("--reference ref.npz good.npy --name s", &["ref.npz", "`s", "it has: r"]),
         ("--reference songs one.npy", &["one.npy", "expected at least 2 embeddings, found 1"]),
         ("--reference ref.npy both", &["`both`", "holds audio and embeddings"]),
-        ("--reference ref.npy opus", &["opus/tone.opus", "no decoder for Opus"]),
+        ("--reference ref.npy text", &["text/notes.wav", "mislabelled: expected WAV, found text"]),
         ("--reference ref.npy one.npy", &["one.npy", "expected at least 2 embeddings, found 1"]),
         ("--reference one.npy good.npy", &["one.npy", "expected at least 2 rows, found 1"]),
         ("--reference single songs", &["`single`", "expected at least 2 songs, found 1"]),
