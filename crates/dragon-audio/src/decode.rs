@@ -15,8 +15,8 @@ use symphonia::core::meta::MetadataOptions;
 
 use crate::clip::{Audio, Clip};
 use crate::error::{Error, Result};
-use crate::opus;
 use crate::resample::SAMPLE_RATES_HZ;
+use crate::{ogg, opus};
 
 /// Reads an audio file with all its channels.
 ///
@@ -67,7 +67,7 @@ fn open(path: &Path) -> Result<(File, Kind)> {
     let kind = Kind::of(&head[..n_head]);
     check_name(path, kind)?;
     match kind {
-        Kind::OggVorbis | Kind::OggOpus => check_ogg_end(path, &mut file, n_bytes)?,
+        Kind::OggVorbis | Kind::OggOpus => ogg::check_pages(path, &mut file)?,
         Kind::Wav => check_wav_end(path, &mut file, n_bytes)?,
         _ => {}
     }
@@ -334,37 +334,6 @@ fn check_name(path: &Path, found: Kind) -> Result<()> {
         expected: expected.name().to_string(),
         found: found.name().to_string(),
     })
-}
-
-/// A whole Ogg file ends with a complete page that carries the end-of-stream flag.
-fn check_ogg_end(path: &Path, file: &mut File, n_bytes: u64) -> Result<()> {
-    const LONGEST_PAGE: u64 = 27 + 255 + 255 * 255;
-    let io = |e| Error::io(path, "read", e);
-    let start = n_bytes.saturating_sub(2 * LONGEST_PAGE);
-    file.seek(SeekFrom::Start(start)).map_err(io)?;
-    let mut tail = Vec::new();
-    file.read_to_end(&mut tail).map_err(io)?;
-    let truncated = |found: &str| Error::Truncated {
-        path: path.to_path_buf(),
-        expected: "a last Ogg page with the end-of-stream flag".to_string(),
-        found: found.to_string(),
-    };
-    let last = (0..tail.len().saturating_sub(3)).rev().find(|&i| tail[i..].starts_with(b"OggS"));
-    let Some(page) = last.map(|i| &tail[i..]).filter(|p| p.len() >= 27) else {
-        return Err(truncated("half a page header"));
-    };
-    let n_segments = usize::from(page[26]);
-    let Some(lacing) = page.get(27..27 + n_segments) else {
-        return Err(truncated("half a page header"));
-    };
-    let n_page = 27 + n_segments + lacing.iter().map(|&b| usize::from(b)).sum::<usize>();
-    if page.len() < n_page {
-        return Err(truncated(&format!("{} of the last page's {n_page} bytes", page.len())));
-    }
-    if page[5] & 0x04 == 0 {
-        return Err(truncated("a page in the middle of the stream"));
-    }
-    Ok(())
 }
 
 /// The `data` chunk of a whole WAV file fits in the file.

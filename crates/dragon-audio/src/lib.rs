@@ -16,6 +16,7 @@ pub mod error;
 pub mod measure;
 pub mod mel;
 pub mod music;
+mod ogg;
 mod opus;
 pub mod resample;
 pub mod write;

@@ -174,6 +174,29 @@ fn a_look_at_a_file_finds_what_needs_no_decoding() {
 }
 
 #[test]
+fn a_damaged_or_missing_page_of_an_ogg_file_is_seen() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.ogg");
+    let whole = fs::read(fixture("music/cc0_loop_tabla.ogg")).unwrap();
+    let pages: Vec<usize> = (0..whole.len()).filter(|&at| whole[at..].starts_with(b"OggS")).collect();
+    assert!(pages.len() > 10);
+    for (i, at) in pages.iter().enumerate() {
+        let mut damaged = whole.clone();
+        damaged[at + 40] ^= 1;
+        fs::write(&path, damaged).unwrap();
+        let error = read(&path).expect_err(&format!("page {i} damaged"));
+        assert!(matches!(error, Error::Damaged { .. } | Error::Unsupported { .. }), "page {i}: {error}");
+    }
+    let (start, end) = (pages[6], pages[7]);
+    fs::write(&path, [&whole[..start], &whole[end..]].concat()).unwrap();
+    assert!(message(&path).contains("page 5 is followed by page 7"), "{}", message(&path));
+    assert!(matches!(check(&path), Err(Error::Damaged { at_s, .. }) if at_s > 0.1));
+    // What follows the end of the stream does not count.
+    fs::write(&path, [&whole[..], b"TAG"].concat()).unwrap();
+    assert!(read(&path).unwrap() == read(&fixture("music/cc0_loop_tabla.ogg")).unwrap());
+}
+
+#[test]
 fn truncated_files_are_errors_at_every_length() {
     let dir = tempfile::tempdir().unwrap();
     let wav = dir.path().join("whole.wav");
