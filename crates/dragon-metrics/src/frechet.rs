@@ -15,12 +15,12 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, Mat, MatRef, Par, Scale, Side};
+use faer::{Mat, MatRef, Scale, Side};
 use rayon::prelude::*;
 
 use crate::linalg::{
-    add_gram_lower, gram_lower, mirror_lower, product, sum_of_roots, symmetric_eigen, symmetric_eigenvalues,
+    add_gram_lower, gram_lower, lower_product, mirror_lower, product, sum_of_roots, symmetric_eigen,
+    symmetric_eigenvalues,
 };
 use crate::rows::{add, dot, view};
 use crate::{Error, GaussianStats, Result, Rows};
@@ -29,8 +29,6 @@ use crate::{Error, GaussianStats, Result, Rows};
 const POSITIVITY_TOLERANCE: f64 = 1e-6;
 /// Pivot of Cholesky's factor, as a fraction of the largest, below which another factor is made.
 const SMALLEST_PIVOT: f64 = 1e-11;
-/// Columns of a triangular factor that are multiplied at once.
-const COLUMNS: usize = 64;
 /// Error of a sum of roots, estimated for the worst case and as a fraction of the sum, that is accepted; errors seen are
 /// a tenth of the estimate.
 const GRAM_ERROR: f64 = 5e-9;
@@ -212,15 +210,7 @@ impl FrechetReference {
         if !self.triangular {
             return product(x, self.factor.as_ref());
         }
-        let dim = self.dim();
-        let mut y = Mat::zeros(x.nrows(), dim);
-        for first in (0..dim).step_by(COLUMNS) {
-            let columns = COLUMNS.min(dim - first);
-            let factor = self.factor.submatrix(first, first, dim - first, columns);
-            let to = y.subcols_mut(first, columns);
-            matmul(to, Accum::Replace, x.subcols(first, dim - first), factor, 1.0, Par::Seq);
-        }
-        y
+        lower_product(x, self.factor.as_ref())
     }
 
     fn check(&self, rows: &Rows) -> Result<()> {

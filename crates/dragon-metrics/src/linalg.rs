@@ -11,6 +11,9 @@ use faer::{Accum, Mat, MatMut, MatRef, Par};
 
 use crate::{Error, Result, tridiagonal};
 
+/// Columns of a triangular factor that are multiplied at once.
+const COLUMNS: usize = 64;
+
 /// Eigenvalues of the symmetric matrix whose lower triangle is given, in rising order.
 ///
 /// # Errors
@@ -75,6 +78,19 @@ pub fn symmetric_eigen(lower: MatRef<'_, f64>) -> Result<(Vec<f64>, Mat<f64>)> {
 pub fn product(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
     let mut out = Mat::zeros(a.nrows(), b.ncols());
     matmul(&mut out, Accum::Replace, a, b, 1.0, Par::Seq);
+    out
+}
+
+/// `a * l` where `l` is lower triangular with zeros above: half of the work of [`product`].
+pub fn lower_product(a: MatRef<'_, f64>, l: MatRef<'_, f64>) -> Mat<f64> {
+    let dim = l.nrows();
+    let mut out = Mat::zeros(a.nrows(), dim);
+    for first in (0..dim).step_by(COLUMNS) {
+        let columns = COLUMNS.min(dim - first);
+        let l = l.submatrix(first, first, dim - first, columns);
+        let to = out.subcols_mut(first, columns);
+        matmul(to, Accum::Replace, a.subcols(first, dim - first), l, 1.0, Par::Seq);
+    }
     out
 }
 
