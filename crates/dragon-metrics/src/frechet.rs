@@ -15,11 +15,12 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use faer::{Mat, MatRef, Scale, Side};
+use faer::linalg::matmul::matmul;
+use faer::{Accum, Mat, MatMut, MatRef, Par, Scale, Side};
 use rayon::prelude::*;
 
 use crate::linalg::{
-    add_gram_lower, gram_lower, lower_product, mirror_lower, product, sum_of_roots, symmetric_eigen,
+    add_gram_lower, gram_lower, lower_product_into, mirror_lower, product, sum_of_roots, symmetric_eigen,
     symmetric_eigenvalues,
 };
 use crate::rows::{add, dot, view};
@@ -29,6 +30,10 @@ use crate::{Error, GaussianStats, Result, Rows};
 const POSITIVITY_TOLERANCE: f64 = 1e-6;
 /// Pivot of Cholesky's factor, as a fraction of the largest, below which another factor is made.
 const SMALLEST_PIVOT: f64 = 1e-11;
+/// Rows that are projected at once where there are many.
+const BLOCK: usize = 256;
+/// Rows below which the Gram matrix takes them in any order equally fast.
+const SMALL: usize = 64;
 /// Error of a sum of roots, estimated for the worst case and as a fraction of the sum, that is accepted; errors seen are
 /// a tenth of the estimate.
 const GRAM_ERROR: f64 = 5e-9;
@@ -191,26 +196,58 @@ impl FrechetReference {
             return Err(Error::TooFew { what: "embeddings of a song or set", expected: 2, found: n });
         }
         let mean = rows.mean()?;
-        let centered = rows.centered(&mean);
         let scale = 1.0 / (n as f64 - 1.0);
+        let (dim, r) = (rows.dim(), self.factor.ncols());
         let keep = (rows.unique() - 1).min(self.rank);
-        let mut cross = 0.0;
-        if keep > 0 {
-            let y = self.project(view(&centered, n, rows.dim())); // [n, r]
-            let gram =
-                if n <= y.ncols() { gram_lower(y.as_ref(), scale) } else { gram_lower(y.transpose(), scale) };
-            let values = symmetric_eigenvalues(gram.as_ref())?;
-            cross = roots_or(&values, keep, || Ok(&y * Scale(scale.sqrt())))?;
+        if keep == 0 || n <= r {
+            let centered = rows.centered(&mean);
+            let mut cross = 0.0;
+            if keep > 0 {
+                let x = view(&centered, n, dim);
+                let y = if n < SMALL { self.project(x) } else { self.project_by_rows(x) };
+                let rows = if n < SMALL { y.as_ref() } else { y.transpose() }; // [n, r]
+                let values = symmetric_eigenvalues(gram_lower(rows, scale).as_ref())?;
+                cross = roots_or(&values, keep, || Ok(&y * Scale(scale.sqrt())))?;
+            }
+            return Ok((mean, dot(&centered, &centered) * scale, cross));
         }
-        Ok((mean, dot(&centered, &centered) * scale, cross))
+        // Many rows, block by block: no second copy of them is needed.
+        let (mut gram, mut square) = (Mat::zeros(r, r), 0.0);
+        let mut centered = Vec::new();
+        for block in rows.data().chunks(BLOCK * dim) {
+            centered.clear();
+            block
+                .chunks_exact(dim)
+                .for_each(|row| centered.extend(row.iter().zip(&mean).map(|(x, m)| x - m)));
+            square += dot(&centered, &centered);
+            let y = self.project(view(&centered, block.len() / dim, dim)); // [block, r]
+            add_gram_lower(gram.as_mut(), y.transpose(), scale);
+        }
+        let cross = roots_or(&symmetric_eigenvalues(gram.as_ref())?, keep, || {
+            Ok(self.project(view(&rows.centered(&mean), n, dim)) * Scale(scale.sqrt()))
+        })?;
+        Ok((mean, square * scale, cross))
     }
 
     /// `x L`, `[n, r]`.
     fn project(&self, x: MatRef<'_, f64>) -> Mat<f64> {
-        if !self.triangular {
-            return product(x, self.factor.as_ref());
+        let mut y = Mat::zeros(x.nrows(), self.factor.ncols());
+        self.project_into(y.as_mut(), x);
+        y
+    }
+
+    /// The transpose of `x L`, `[r, n]`: in memory, the rows of `x L` lie side by side.
+    fn project_by_rows(&self, x: MatRef<'_, f64>) -> Mat<f64> {
+        let mut y = Mat::zeros(self.factor.ncols(), x.nrows());
+        self.project_into(y.as_mut().transpose_mut(), x);
+        y
+    }
+
+    fn project_into(&self, y: MatMut<'_, f64>, x: MatRef<'_, f64>) {
+        match self.triangular {
+            true => lower_product_into(y, x, self.factor.as_ref()),
+            false => matmul(y, Accum::Replace, x, self.factor.as_ref(), 1.0, Par::Seq),
         }
-        lower_product(x, self.factor.as_ref())
     }
 
     fn check(&self, rows: &Rows) -> Result<()> {
