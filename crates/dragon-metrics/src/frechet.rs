@@ -15,12 +15,11 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, Mat, MatMut, MatRef, Par, Scale, Side};
+use faer::{Mat, MatRef, Scale, Side};
 use rayon::prelude::*;
 
 use crate::linalg::{
-    add_gram_lower, gram_lower, lower_product_into, mirror_lower, product, sum_of_roots, symmetric_eigen,
+    add_gram_lower, gram_lower, lower_product, mirror_lower, product, sum_of_roots, symmetric_eigen,
     symmetric_eigenvalues,
 };
 use crate::rows::{add, dot, view};
@@ -32,8 +31,6 @@ const POSITIVITY_TOLERANCE: f64 = 1e-6;
 const SMALLEST_PIVOT: f64 = 1e-11;
 /// Rows that are projected at once where there are many.
 const BLOCK: usize = 256;
-/// Rows below which the Gram matrix takes them in any order equally fast.
-const SMALL: usize = 64;
 /// Error of a sum of roots, estimated for the worst case and as a fraction of the sum, that is accepted; errors seen are
 /// a tenth of the estimate.
 const GRAM_ERROR: f64 = 5e-9;
@@ -203,10 +200,8 @@ impl FrechetReference {
             let centered = rows.centered(&mean);
             let mut cross = 0.0;
             if keep > 0 {
-                let x = view(&centered, n, dim);
-                let y = if n < SMALL { self.project(x) } else { self.project_by_rows(x) };
-                let rows = if n < SMALL { y.as_ref() } else { y.transpose() }; // [n, r]
-                let values = symmetric_eigenvalues(gram_lower(rows, scale).as_ref())?;
+                let y = self.project(view(&centered, n, dim)); // [n, r]
+                let values = symmetric_eigenvalues(gram_lower(y.as_ref(), scale).as_ref())?;
                 cross = roots_or(&values, keep, || Ok(&y * Scale(scale.sqrt())))?;
             }
             return Ok((mean, dot(&centered, &centered) * scale, cross));
@@ -231,22 +226,9 @@ impl FrechetReference {
 
     /// `x L`, `[n, r]`.
     fn project(&self, x: MatRef<'_, f64>) -> Mat<f64> {
-        let mut y = Mat::zeros(x.nrows(), self.factor.ncols());
-        self.project_into(y.as_mut(), x);
-        y
-    }
-
-    /// The transpose of `x L`, `[r, n]`: in memory, the rows of `x L` lie side by side.
-    fn project_by_rows(&self, x: MatRef<'_, f64>) -> Mat<f64> {
-        let mut y = Mat::zeros(self.factor.ncols(), x.nrows());
-        self.project_into(y.as_mut().transpose_mut(), x);
-        y
-    }
-
-    fn project_into(&self, y: MatMut<'_, f64>, x: MatRef<'_, f64>) {
         match self.triangular {
-            true => lower_product_into(y, x, self.factor.as_ref()),
-            false => matmul(y, Accum::Replace, x, self.factor.as_ref(), 1.0, Par::Seq),
+            true => lower_product(x, self.factor.as_ref()),
+            false => product(x, self.factor.as_ref()),
         }
     }
 
@@ -718,5 +700,16 @@ mod tests {
         let (a, b) = (by_cholesky.distance(&set).unwrap(), by_vectors.distance(&set).unwrap());
         // `bounded` drops the smallest direction of 70.
         assert!((a - b).abs() < 0.05 * a && a < b + 1e-12, "{a} {b}");
+    }
+
+    #[test]
+    fn many_rows_taken_block_by_block_give_the_distance_of_their_gaussian() {
+        let reference = FrechetReference::from_rows(&rows(7, 300, 70, 0.97)).unwrap();
+        for n in [71, BLOCK, BLOCK + 1, 3 * BLOCK + 40] {
+            let set = rows(8, n, 70, 0.97);
+            let got = reference.distance(&set).unwrap();
+            let want = reference.distance_to_stats(&GaussianStats::fit(&set).unwrap()).unwrap();
+            assert!((got - want).abs() < 1e-11 * want, "{n} rows: got {got:e}, want {want:e}");
+        }
     }
 }
