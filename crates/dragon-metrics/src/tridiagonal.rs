@@ -13,6 +13,8 @@ use pulp::Simd;
 
 /// Steps whose updates wait for each other.
 const PANEL: usize = 16;
+/// Square of a subdiagonal entry that is zero beside entries of about 1, far from where products underflow.
+const SMALLEST_SQUARE: f64 = 1e-160;
 /// Columns whose products are added in one pass.
 const COLUMNS: usize = 4;
 /// Numbers in a cache line, at least as many as a vector holds.
@@ -232,7 +234,8 @@ fn few_columns<S: Simd>(simd: S, a: &[f64], n: usize, j: usize, v: &[f64], out: 
 
 /// Replaces the diagonal `d` by the eigenvalues; `e2` holds the squares of the subdiagonal and is overwritten.
 fn root_free_ql(d: &mut [f64], e2: &mut [f64]) -> Option<()> {
-    let negligible = |e2: f64, a: f64, b: f64| e2 <= f64::EPSILON * f64::EPSILON * (a * b).abs();
+    let negligible =
+        |e2: f64, a: f64, b: f64| e2 <= f64::EPSILON * f64::EPSILON * (a * b).abs() || e2 < SMALLEST_SQUARE;
     let n = d.len();
     let mut left = MAX_ITERATIONS * n;
     let mut start = 0;
@@ -263,6 +266,8 @@ fn root_free_ql(d: &mut [f64], e2: &mut [f64]) -> Option<()> {
             let root = e2[l].sqrt();
             let ratio = (d[l + 1] - d[l]) / (2.0 * root);
             let shift = d[l] - root / (ratio + ratio.hypot(1.0).copysign(ratio));
+            // Each step waits for the last one, so that the chain from `p` to the next `p` is kept short: one division.
+            // The others, and `s` and `c`, are made beside it.
             let (mut c, mut s) = (1.0, 0.0);
             let mut gamma = d[m] - shift;
             let mut p = gamma * gamma;
@@ -272,12 +277,12 @@ fn root_free_ql(d: &mut [f64], e2: &mut [f64]) -> Option<()> {
                 if i + 1 < m {
                     e2[i + 1] = s * r;
                 }
-                let (c_last, gamma_last) = (c, gamma);
+                let (c_last, gamma_last, inverse) = (c, gamma, r / p);
                 c = p / r;
                 s = b / r;
-                gamma = c * (d[i] - shift) - s * gamma_last;
+                gamma = (p * (d[i] - shift) - b * gamma_last) / r;
                 d[i + 1] = gamma_last + (d[i] - gamma);
-                p = if c == 0.0 { c_last * b } else { gamma * gamma / c };
+                p = if c < f64::MIN_POSITIVE { c_last * b } else { gamma * gamma * inverse };
             }
             e2[l] = s * p;
             d[l] = shift + gamma;
