@@ -1,6 +1,6 @@
 //! Symmetric eigenvalues and products, on one thread, always in the same order.
 //!
-//! Eigenvalues without vectors are our own (`tridiagonal`): faer's take three times as long at side 360.
+//! Eigenvalues without vectors are our own (`tridiagonal`): faer's take more than three times as long at side 360.
 
 use faer::diag::Diag;
 use faer::dyn_stack::{MemBuffer, MemStack};

@@ -2,8 +2,8 @@
 //! QL iteration of Pal, Walker and Kahan (Reinsch 1973, CACM algorithm 464; Parlett, *The Symmetric Eigenvalue Problem*, 8-15).
 //!
 //! As LAPACK does, the updates of a panel of steps wait and are then one matrix product; the product with the
-//! Householder vector, half of the work, reads each entry of the lower triangle once, four columns at a time. That product
-//! waits for memory: columns begin at the start of a cache line, which one in eight or four of all vectors would cross otherwise.
+//! Householder vector, half of the work, reads each entry of the lower triangle once, four columns at a time, and every
+//! column begins at the start of a cache line.
 //! Errors are a few ε times the largest eigenvalue, as with every backward stable method.
 
 use faer::linalg::matmul::triangular::{self, BlockStructure};
@@ -113,12 +113,16 @@ fn tridiagonalize<S: Simd>(simd: S, a: &mut [f64], n: usize) -> (Vec<f64>, Vec<f
             lower_times(simd, a, n, k + 1, v, w);
             // From a multiple of a line on; what is before is zero in `v` and not used in `w`.
             let from = (k + 1) / LINE * LINE;
-            for (v_old, w_old) in done.chunks_exact(line).zip(done_w.chunks_exact(line)) {
-                let (v_old, w_old) = (&v_old[from..n], &w_old[from..n]);
-                let (of_v, of_w) = (dot(simd, &v[from..], v_old), dot(simd, &v[from..], w_old));
-                for ((w, v_old), w_old) in w[from..].iter_mut().zip(v_old).zip(w_old) {
-                    *w -= v_old * of_w + w_old * of_v;
+            for j in (0..waiting).step_by(2) {
+                // The last of an odd number stands for two, the second with factors of zero.
+                let second = (j + 1).min(waiting - 1);
+                let part = |j: usize| j * line + from..j * line + n;
+                let four = [&done[part(j)], &done_w[part(j)], &done[part(second)], &done_w[part(second)]];
+                let [v0, w0, mut v1, mut w1] = dots(simd, &v[from..n], four);
+                if second == j {
+                    (v1, w1) = (0.0, 0.0);
                 }
+                subtract(simd, &mut w[from..n], four, [w0, v0, w1, v1]);
             }
             w[k + 1..].iter_mut().for_each(|w| *w *= tau);
             let along = dot(simd, &v[k + 1..], &w[k + 1..]);
@@ -170,6 +174,40 @@ fn dot<S: Simd>(simd: S, a: &[f64], b: &[f64]) -> f64 {
     }
     let sum = simd.add_f64s(simd.add_f64s(sums[0], sums[1]), simd.add_f64s(sums[2], sums[3]));
     simd.reduce_sum_f64s(sum) + a_tail.iter().zip(b_tail).map(|(a, b)| a * b).sum::<f64>()
+}
+
+/// Sums of products of `x` with each of four.
+#[inline(always)]
+fn dots<S: Simd>(simd: S, x: &[f64], four: [&[f64]; 4]) -> [f64; 4] {
+    let (whole, tail) = S::as_simd_f64s(x);
+    let [(a, a_tail), (b, b_tail), (c, c_tail), (d, d_tail)] = four.map(|y| S::as_simd_f64s(y));
+    let mut sums = [simd.splat_f64s(0.0); 4];
+    for ((((x, a), b), c), d) in whole.iter().zip(a).zip(b).zip(c).zip(d) {
+        sums[0] = simd.mul_add_f64s(*x, *a, sums[0]);
+        sums[1] = simd.mul_add_f64s(*x, *b, sums[1]);
+        sums[2] = simd.mul_add_f64s(*x, *c, sums[2]);
+        sums[3] = simd.mul_add_f64s(*x, *d, sums[3]);
+    }
+    let mut out = sums.map(|sum| simd.reduce_sum_f64s(sum));
+    for (sum, y) in out.iter_mut().zip([a_tail, b_tail, c_tail, d_tail]) {
+        *sum += tail.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+    }
+    out
+}
+
+/// `to -= Σ factor x` over four vectors.
+#[inline(always)]
+fn subtract<S: Simd>(simd: S, to: &mut [f64], four: [&[f64]; 4], factors: [f64; 4]) {
+    let (whole, tail) = S::as_mut_simd_f64s(to);
+    let [(a, a_tail), (b, b_tail), (c, c_tail), (d, d_tail)] = four.map(|y| S::as_simd_f64s(y));
+    let [fa, fb, fc, fd] = factors.map(|f| simd.splat_f64s(-f));
+    for ((((to, a), b), c), d) in whole.iter_mut().zip(a).zip(b).zip(c).zip(d) {
+        let left = simd.mul_add_f64s(*b, fb, simd.mul_add_f64s(*a, fa, *to));
+        *to = simd.mul_add_f64s(*d, fd, simd.mul_add_f64s(*c, fc, left));
+    }
+    for (x, factor) in [a_tail, b_tail, c_tail, d_tail].into_iter().zip(factors) {
+        tail.iter_mut().zip(x).for_each(|(to, x)| *to -= factor * x);
+    }
 }
 
 /// `out = A v` on the rows and columns from `from` on, from the lower triangle of `a`: every entry is loaded once.
