@@ -321,13 +321,8 @@ fn point(metric: &str, n: &str, dim: &str) -> Result<()> {
     let (n, dim): (usize, usize) = (n.parse()?, dim.parse()?);
     // Neighbouring dimensions are correlated by one half; no rows are needed for it.
     let cov = (0..dim * dim).map(|i| 0.5f64.powi((i / dim).abs_diff(i % dim) as i32)).collect();
-    let reference = || {
-        Ok::<_, dragon_metrics::Error>(FrechetReference::new(&GaussianStats::new(
-            vec![0.0; dim],
-            cov,
-            None,
-        )?)?)
-    };
+    let reference =
+        || GaussianStats::new(vec![0.0; dim], cov, None).and_then(|stats| FrechetReference::new(&stats));
     let rows = |seed: usize, n: usize| Rows::new(n, dim, noise(seed as u64, n * dim));
     let blocks = || (0..n).step_by(BLOCK).map(|first| (first, BLOCK.min(n - first)));
     let repeated = |run: &mut dyn FnMut() -> dragon_metrics::Result<f64>| -> dragon_metrics::Result<f64> {
