@@ -316,7 +316,8 @@ fn curves() -> Result<()> {
 }
 
 /// Prints time and peak memory of one metric on `n` made-up songs of dimension `dim`. Making the songs and what is made
-/// once for a reference are not timed; a run shorter than half a second is repeated and the shortest counts.
+/// once for a reference are not timed. Where all rows are there at once, a run shorter than half a second is repeated and the
+/// shortest counts.
 fn point(metric: &str, n: &str, dim: &str) -> Result<()> {
     let (n, dim): (usize, usize) = (n.parse()?, dim.parse()?);
     // Neighbouring dimensions are correlated by one half; no rows are needed for it.
