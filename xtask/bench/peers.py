@@ -43,8 +43,9 @@ CASES = [c + s for c in LAYERS for s in ("", "+bwd")] + [c + s for c in MODELS f
 MEMORY = [c + "_step" for c in MODELS]
 
 
-def environment():
-    """Starts this script again under the Python of an environment that has PyTorch; makes it on the first run."""
+def environment(script, *more):
+    """Starts `script` again under the Python of an environment that has PyTorch and `more` packages (each with its version,
+    without what it requires); makes it on the first run."""
     venv = ROOT / "target" / "peers"
     python = venv / "bin" / "python"
     if pathlib.Path(sys.prefix) == venv:
@@ -57,7 +58,12 @@ def environment():
         where = "import sysconfig; print(sysconfig.get_path('platlib'))"
         without_cuda(pathlib.Path(output(str(python), "-c", where).strip()) / "torch" / "lib")
         done.touch()
-    os.execv(str(python), [str(python), __file__, *sys.argv[1:]])
+    missing = [p for p in more if not (venv / p).exists()]
+    if missing:
+        subprocess.run([str(python), "-m", "pip", "install", "-q", "--no-deps", *missing], check=True)
+        for package in missing:
+            (venv / package).touch()
+    os.execv(str(python), [str(python), script, *sys.argv[1:]])
 
 
 def output(*command):
@@ -369,7 +375,7 @@ def main():
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    environment()
+    environment(__file__)
     if args.serve:
         return serve_torch(args.threads)
 

@@ -16,6 +16,8 @@ cargo xtask <command> [arguments]
 Checks and measurements:
   test                 format, clippy, tests, doc links, crate edges, fixtures: everything CI checks
   bench --peers        our layers and PyTorch's, timed in turn (makes a Python environment)
+  bench --peers metrics
+                       our metrics and fadtk's, kadtk's and vendi-score's, the same way
   fixtures [--check]   list the fixtures with size and hash; --check compares with fixtures/MANIFEST.tsv,
                        --write renews it
 
@@ -166,11 +168,17 @@ fn check_that_it_starts(binary: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Times us and PyTorch in turn: builds our side, then leaves the rounds to the script.
+/// Times us and others in turn, layers against PyTorch or `metrics` against the tools they replace: builds our side, then
+/// leaves the rounds to the script.
 fn peers(root: &Path, args: &[String]) -> Result<()> {
-    step("build", cargo(root).args(["build", "--release", "--workspace", "--example", "peers"]))?;
-    let rest: Vec<&String> = args.iter().filter(|a| *a != "--peers").collect();
-    step("peers", Command::new("python3").arg(root.join("xtask/bench/peers.py")).args(rest).current_dir(root))
+    let metrics = args.iter().any(|a| a == "metrics");
+    let (example, packages, script) = match metrics {
+        true => ("peers_metrics", &["--package", "dragon-metrics"][..], "xtask/bench/peers_metrics.py"),
+        false => ("peers", &["--workspace"][..], "xtask/bench/peers.py"),
+    };
+    step("build", cargo(root).args(["build", "--release", "--example", example]).args(packages))?;
+    let rest: Vec<&String> = args.iter().filter(|a| !["--peers", "metrics"].contains(&a.as_str())).collect();
+    step("peers", Command::new("python3").arg(root.join(script)).args(rest).current_dir(root))
 }
 
 #[cfg(test)]

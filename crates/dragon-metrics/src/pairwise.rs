@@ -2,12 +2,14 @@
 
 use rayon::prelude::*;
 
-use crate::linalg::product;
+use faer::MatMut;
+
+use crate::linalg::{TILE, product_into};
 use crate::rows::{dot, view};
 use crate::{Error, Result, Rows};
 
 /// Rows per block.
-const BLOCK: usize = 256;
+const BLOCK: usize = 128;
 
 /// Rows relative to a common centre, with their squared lengths: `|a - b|² = |a|² + |b|² - 2 a·b` then loses nothing to
 /// an offset that all rows share.
@@ -34,7 +36,7 @@ impl Points {
     /// Calls `each` for blocks of rows of `self`, in parallel, with the block's first row and its squared distances to
     /// the rows of `other`, `[block, other.n]`, row after row; returns what it gives, in order.
     ///
-    /// With `below`, `other` must be `self`, and row `i` holds the distances to the rows `0..i` only (the rest is zero).
+    /// With `below`, `other` must be `self`, and of row `i` only the distances to the rows `0..i` are to be used.
     pub fn blocks<T: Send>(
         &self,
         other: &Points,
@@ -47,16 +49,18 @@ impl Points {
             .map(|(b, x)| {
                 let (first, m) = (b * BLOCK, x.len() / self.dim);
                 let n = if below { first + m } else { other.n };
-                // Transposed, so that the distances of one row lie side by side in faer's column-major result.
-                let cross =
-                    product(view(&other.data[..n * self.dim], n, self.dim), view(x, m, self.dim).transpose());
+                // Tile by tile; transposed, so that the distances of one row lie side by side in faer's columns.
                 let mut distances = vec![0.0; m * n];
-                for (i, row) in distances.chunks_exact_mut(n).enumerate() {
-                    let end = if below { first + i } else { n };
-                    let square = self.squares[first + i];
-                    let cross = &cross.col_as_slice(i)[..end];
-                    for ((to, ab), bb) in row[..end].iter_mut().zip(cross).zip(&other.squares) {
-                        *to = (square + bb - 2.0 * ab).max(0.0);
+                for start in (0..n).step_by(TILE) {
+                    let end = (start + TILE).min(n);
+                    let tile = MatMut::from_column_major_slice_mut(&mut distances, n, m);
+                    let others = view(&other.data[start * self.dim..end * self.dim], end - start, self.dim);
+                    let x = view(x, m, self.dim).transpose();
+                    product_into(tile.subrows_mut(start, end - start), others, x);
+                    for (row, square) in distances.chunks_exact_mut(n).zip(&self.squares[first..]) {
+                        for (to, bb) in row[start..end].iter_mut().zip(&other.squares[start..end]) {
+                            *to = (square + bb - 2.0 * *to).max(0.0);
+                        }
                     }
                 }
                 each(first, &distances, n)

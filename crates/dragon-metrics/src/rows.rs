@@ -118,6 +118,11 @@ impl Rows {
         &self.data
     }
 
+    /// All values, row after row, without a copy.
+    pub(crate) fn into_data(self) -> Vec<f64> {
+        self.data
+    }
+
     /// Row `i`.
     ///
     /// # Panics

@@ -2,15 +2,23 @@
 //! QL iteration of Pal, Walker and Kahan (Reinsch 1973, CACM algorithm 464; Parlett, *The Symmetric Eigenvalue Problem*, 8-15).
 //!
 //! As LAPACK does, the updates of a panel of steps wait and are then one matrix product; the product with the
-//! Householder vector, half of the work, reads each entry of the lower triangle once, two columns at a time.
+//! Householder vector, half of the work, reads each entry of the lower triangle once, four columns at a time, and every
+//! column begins at the start of a cache line.
 //! Errors are a few ε times the largest eigenvalue, as with every backward stable method.
 
 use faer::linalg::matmul::triangular::{self, BlockStructure};
 use faer::reborrow::ReborrowMut;
 use faer::{Accum, MatMut, MatRef, Par};
+use pulp::Simd;
 
 /// Steps whose updates wait for each other.
-const PANEL: usize = 32;
+const PANEL: usize = 16;
+/// Square of a subdiagonal entry that is zero beside entries of about 1, far from where products underflow.
+const SMALLEST_SQUARE: f64 = 1e-160;
+/// Columns whose products are added in one pass.
+const COLUMNS: usize = 4;
+/// Numbers in a cache line, at least as many as a vector holds.
+const LINE: usize = 8;
 /// Iterations that one eigenvalue may take; on average it is below 2.
 const MAX_ITERATIONS: usize = 50;
 
@@ -18,7 +26,15 @@ const MAX_ITERATIONS: usize = 50;
 /// that neighbouring columns do not compete for the same few lines of the cache (at side 512 that costs four times the
 /// time).
 pub(crate) fn stride(n: usize) -> usize {
-    (n.div_ceil(8) | 1) * 8
+    (n.div_ceil(LINE) | 1) * LINE
+}
+
+/// `len` zeros that begin at the start of a cache line: the part of the vector from the index on.
+pub(crate) fn aligned(len: usize) -> (Vec<f64>, usize) {
+    let zeros = vec![0.0; len + LINE];
+    let skip = zeros.as_ptr().align_offset(LINE * size_of::<f64>());
+    // The offset is "unknown" only where a program is interpreted; then nothing is to be gained.
+    (zeros, if skip < LINE { skip } else { 0 })
 }
 
 /// Eigenvalues, in no order, of the symmetric `n x n` matrix whose lower triangle is given, column after column,
@@ -49,26 +65,28 @@ struct Reduction<'a> {
     n: usize,
 }
 
-impl pulp::NullaryFnOnce for Reduction<'_> {
+impl pulp::WithSimd for Reduction<'_> {
     type Output = (Vec<f64>, Vec<f64>);
 
     #[inline(always)]
-    fn call(self) -> Self::Output {
-        tridiagonalize(self.a, self.n)
+    fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
+        tridiagonalize(simd, self.a, self.n)
     }
 }
 
 /// Diagonal `[n]` and subdiagonal `[n - 1]` of a tridiagonal matrix with the eigenvalues of `a`.
 #[inline(always)]
-fn tridiagonalize(a: &mut [f64], n: usize) -> (Vec<f64>, Vec<f64>) {
+fn tridiagonalize<S: Simd>(simd: S, a: &mut [f64], n: usize) -> (Vec<f64>, Vec<f64>) {
     let stride = stride(n);
     let (mut d, mut e) = (vec![0.0; n], vec![0.0; n - 1]);
     // Of the last steps: A - Σ (v wᵀ + w vᵀ) is what A should be. Rows of `vs` and `ws` are vectors of length n.
-    let (mut vs, mut ws) = (vec![0.0; PANEL * n], vec![0.0; PANEL * n]);
+    let line = n.next_multiple_of(LINE);
+    let ((mut vs, vs_from), (mut ws, ws_from)) = (aligned(PANEL * line), aligned(PANEL * line));
+    let (vs, ws) = (&mut vs[vs_from..][..PANEL * line], &mut ws[ws_from..][..PANEL * line]);
     let mut waiting = 0;
     for k in 0..n {
         let column = &mut a[k * stride..k * stride + n];
-        for (v, w) in vs.chunks_exact(n).zip(ws.chunks_exact(n)).take(waiting) {
+        for (v, w) in vs.chunks_exact(line).zip(ws.chunks_exact(line)).take(waiting) {
             let (vk, wk) = (v[k], w[k]);
             for ((x, v), w) in column[k..].iter_mut().zip(&v[k..]).zip(&w[k..]) {
                 *x -= v * wk + w * vk;
@@ -79,41 +97,41 @@ fn tridiagonalize(a: &mut [f64], n: usize) -> (Vec<f64>, Vec<f64>) {
             break;
         }
         let x = &column[k + 1..];
-        let rest: f64 = x[1..].iter().map(|x| x * x).sum::<f64>().sqrt();
+        let rest = dot(simd, &x[1..], &x[1..]).sqrt();
         e[k] = x[0];
         if rest > 0.0 {
             // (1 - tau v vᵀ) x = (beta, 0, …), v[0] = 1.
             let beta = -x[0].hypot(rest).copysign(x[0]);
             let (tau, head) = ((beta - x[0]) / beta, x[0] - beta);
             e[k] = beta;
-            let (done, v) = vs.split_at_mut(waiting * n);
-            let (done_w, w) = ws.split_at_mut(waiting * n);
+            let (done, v) = vs.split_at_mut(waiting * line);
+            let (done_w, w) = ws.split_at_mut(waiting * line);
             let (v, w) = (&mut v[..n], &mut w[..n]);
             v[..=k].fill(0.0);
             v[k + 1] = 1.0;
             v[k + 2..].iter_mut().zip(&x[1..]).for_each(|(v, x)| *v = x / head);
-            lower_times(&a[..], n, k + 1, v, w);
-            for (v_old, w_old) in done.chunks_exact(n).zip(done_w.chunks_exact(n)) {
-                let (mut of_v, mut of_w) = (0.0, 0.0);
-                for ((v, v_old), w_old) in v[k + 1..].iter().zip(&v_old[k + 1..]).zip(&w_old[k + 1..]) {
-                    of_v += v * v_old;
-                    of_w += v * w_old;
+            lower_times(simd, a, n, k + 1, v, w);
+            // From a multiple of a line on; what is before is zero in `v` and not used in `w`.
+            let from = (k + 1) / LINE * LINE;
+            for j in (0..waiting).step_by(2) {
+                // The last of an odd number stands for two, the second with factors of zero.
+                let second = (j + 1).min(waiting - 1);
+                let part = |j: usize| j * line + from..j * line + n;
+                let four = [&done[part(j)], &done_w[part(j)], &done[part(second)], &done_w[part(second)]];
+                let [v0, w0, mut v1, mut w1] = dots(simd, &v[from..n], four);
+                if second == j {
+                    (v1, w1) = (0.0, 0.0);
                 }
-                for ((w, v_old), w_old) in w[k + 1..].iter_mut().zip(&v_old[k + 1..]).zip(&w_old[k + 1..]) {
-                    *w -= v_old * of_w + w_old * of_v;
-                }
+                subtract(simd, &mut w[from..n], four, [w0, v0, w1, v1]);
             }
-            let mut along = 0.0;
-            for (w, v) in w[k + 1..].iter_mut().zip(&v[k + 1..]) {
-                *w *= tau;
-                along += *w * v;
-            }
+            w[k + 1..].iter_mut().for_each(|w| *w *= tau);
+            let along = dot(simd, &v[k + 1..], &w[k + 1..]);
             let half = 0.5 * tau * along;
             w[k + 1..].iter_mut().zip(&v[k + 1..]).for_each(|(w, v)| *w -= half * v);
             waiting += 1;
         }
         if waiting == PANEL {
-            update(a, n, k + 1, &vs, &ws);
+            update(a, n, k + 1, vs, ws);
             waiting = 0;
         }
     }
@@ -125,7 +143,7 @@ fn update(a: &mut [f64], n: usize, from: usize, vs: &[f64], ws: &[f64]) {
     let rest = n - from;
     let a = MatMut::from_column_major_slice_with_stride_mut(&mut a[from * stride(n)..], n, rest, stride(n));
     let mut a = a.subrows_mut(from, rest);
-    let side = |x| MatRef::from_column_major_slice(x, n, PANEL).subrows(from, rest);
+    let side = |x| MatRef::from_column_major_slice(x, n.next_multiple_of(LINE), PANEL).subrows(from, rest);
     for (left, right) in [(vs, ws), (ws, vs)] {
         triangular::matmul(
             a.rb_mut(),
@@ -141,59 +159,121 @@ fn update(a: &mut [f64], n: usize, from: usize, vs: &[f64], ws: &[f64]) {
     }
 }
 
-/// `out = A v` on the rows and columns from `from` on, from the lower triangle of `a`: every entry is loaded once.
+/// Sum of products.
 #[inline(always)]
-fn lower_times(a: &[f64], n: usize, from: usize, v: &[f64], out: &mut [f64]) {
-    let stride = stride(n);
-    out.fill(0.0);
-    let mut j = from;
-    while j + 1 < n {
-        let (left, right) = a[j * stride..(j + 1) * stride + n].split_at(stride);
-        two_columns(&left[..n], right, j, v, out);
-        j += 2;
+fn dot<S: Simd>(simd: S, a: &[f64], b: &[f64]) -> f64 {
+    let ((a, a_tail), (b, b_tail)) = (S::as_simd_f64s(a), S::as_simd_f64s(b));
+    // Four sums, since one would wait for each addition.
+    let mut sums = [simd.splat_f64s(0.0); 4];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<4>(), b.as_chunks::<4>());
+    for (a, b) in a.iter().zip(b) {
+        sums = std::array::from_fn(|i| simd.mul_add_f64s(a[i], b[i], sums[i]));
     }
-    if j < n {
-        out[j] += a[j * stride + j] * v[j];
+    for (a, b) in a_rest.iter().zip(b_rest) {
+        sums[0] = simd.mul_add_f64s(*a, *b, sums[0]);
+    }
+    let sum = simd.add_f64s(simd.add_f64s(sums[0], sums[1]), simd.add_f64s(sums[2], sums[3]));
+    simd.reduce_sum_f64s(sum) + a_tail.iter().zip(b_tail).map(|(a, b)| a * b).sum::<f64>()
+}
+
+/// Sums of products of `x` with each of four.
+#[inline(always)]
+fn dots<S: Simd>(simd: S, x: &[f64], four: [&[f64]; 4]) -> [f64; 4] {
+    let (whole, tail) = S::as_simd_f64s(x);
+    let [(a, a_tail), (b, b_tail), (c, c_tail), (d, d_tail)] = four.map(|y| S::as_simd_f64s(y));
+    let mut sums = [simd.splat_f64s(0.0); 4];
+    for ((((x, a), b), c), d) in whole.iter().zip(a).zip(b).zip(c).zip(d) {
+        sums[0] = simd.mul_add_f64s(*x, *a, sums[0]);
+        sums[1] = simd.mul_add_f64s(*x, *b, sums[1]);
+        sums[2] = simd.mul_add_f64s(*x, *c, sums[2]);
+        sums[3] = simd.mul_add_f64s(*x, *d, sums[3]);
+    }
+    let mut out = sums.map(|sum| simd.reduce_sum_f64s(sum));
+    for (sum, y) in out.iter_mut().zip([a_tail, b_tail, c_tail, d_tail]) {
+        *sum += tail.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+    }
+    out
+}
+
+/// `to -= Σ factor x` over four vectors.
+#[inline(always)]
+fn subtract<S: Simd>(simd: S, to: &mut [f64], four: [&[f64]; 4], factors: [f64; 4]) {
+    let (whole, tail) = S::as_mut_simd_f64s(to);
+    let [(a, a_tail), (b, b_tail), (c, c_tail), (d, d_tail)] = four.map(|y| S::as_simd_f64s(y));
+    let [fa, fb, fc, fd] = factors.map(|f| simd.splat_f64s(-f));
+    for ((((to, a), b), c), d) in whole.iter_mut().zip(a).zip(b).zip(c).zip(d) {
+        let left = simd.mul_add_f64s(*b, fb, simd.mul_add_f64s(*a, fa, *to));
+        *to = simd.mul_add_f64s(*d, fd, simd.mul_add_f64s(*c, fc, left));
+    }
+    for (x, factor) in [a_tail, b_tail, c_tail, d_tail].into_iter().zip(factors) {
+        tail.iter_mut().zip(x).for_each(|(to, x)| *to -= factor * x);
     }
 }
 
-/// The share of the lower parts of columns `j` and `j + 1` in `A v`.
+/// `out = A v` on the rows and columns from `from` on, from the lower triangle of `a`: every entry is loaded once.
 #[inline(always)]
-fn two_columns(left: &[f64], right: &[f64], j: usize, v: &[f64], out: &mut [f64]) {
-    const LANES: usize = 8;
-    let (v0, v1) = (v[j], v[j + 1]);
-    out[j] += left[j] * v0 + left[j + 1] * v1;
-    out[j + 1] += left[j + 1] * v0 + right[j + 1] * v1;
-    let from = j + 2;
-    let (left, right, v, below) = (&left[from..], &right[from..], &v[from..], &mut out[from..]);
-    let whole = left.len() / LANES * LANES;
-    let (mut sum0, mut sum1) = ([0.0f64; LANES], [0.0f64; LANES]);
-    for at in (0..whole).step_by(LANES) {
-        let here = at..at + LANES;
-        let l: &[f64; LANES] = left[here.clone()].try_into().expect("LANES long");
-        let r: &[f64; LANES] = right[here.clone()].try_into().expect("LANES long");
-        let v: &[f64; LANES] = v[here.clone()].try_into().expect("LANES long");
-        let to: &mut [f64; LANES] = (&mut below[here]).try_into().expect("LANES long");
-        #[allow(clippy::needless_range_loop)] // six arrays side by side
-        for i in 0..LANES {
-            sum0[i] = l[i].mul_add(v[i], sum0[i]);
-            sum1[i] = r[i].mul_add(v[i], sum1[i]);
-            to[i] = r[i].mul_add(v1, l[i].mul_add(v0, to[i]));
+fn lower_times<S: Simd>(simd: S, a: &[f64], n: usize, from: usize, v: &[f64], out: &mut [f64]) {
+    out.fill(0.0);
+    let mut j = from;
+    while j + COLUMNS <= n {
+        few_columns(simd, a, n, j, v, out);
+        j += COLUMNS;
+    }
+    for j in j..n {
+        let column = &a[j * stride(n)..j * stride(n) + n];
+        out[j] += column[j] * v[j];
+        for i in j + 1..n {
+            out[i] += column[i] * v[j];
+            out[j] += column[i] * v[i];
         }
     }
-    let tail = left[whole..].iter().zip(&right[whole..]).zip(&v[whole..]).zip(&mut below[whole..]);
-    for (((l, r), v), to) in tail {
-        sum0[0] += l * v;
-        sum1[0] += r * v;
-        *to += l * v0 + r * v1;
+}
+
+/// The share of the lower parts of the columns from `j` on, [`COLUMNS`] of them, in `A v`.
+#[inline(always)]
+fn few_columns<S: Simd>(simd: S, a: &[f64], n: usize, j: usize, v: &[f64], out: &mut [f64]) {
+    let columns: [&[f64]; COLUMNS] =
+        std::array::from_fn(|c| &a[(j + c) * stride(n)..(j + c) * stride(n) + n]);
+    let factors: [f64; COLUMNS] = std::array::from_fn(|c| v[j + c]);
+    // Whole vectors begin at a multiple of their length.
+    let from = (j + COLUMNS).next_multiple_of(LINE).min(n);
+    for (c, column) in columns.iter().enumerate() {
+        let at = j + c;
+        let mut sum = column[at] * factors[c];
+        for i in at + 1..from {
+            sum += column[i] * v[i];
+            out[i] += column[i] * factors[c];
+        }
+        out[at] += sum;
     }
-    out[j] += sum0.iter().sum::<f64>();
-    out[j + 1] += sum1.iter().sum::<f64>();
+    let (out, below) = out.split_at_mut(from);
+    let (below, below_tail) = S::as_mut_simd_f64s(below);
+    let (right, right_tail) = S::as_simd_f64s(&v[from..]);
+    let [(c0, t0), (c1, t1), (c2, t2), (c3, t3)] = columns.map(|column| S::as_simd_f64s(&column[from..]));
+    let [f0, f1, f2, f3] = factors.map(|f| simd.splat_f64s(f));
+    let mut sums = [simd.splat_f64s(0.0); COLUMNS];
+    for (((((to, v), c0), c1), c2), c3) in below.iter_mut().zip(right).zip(c0).zip(c1).zip(c2).zip(c3) {
+        sums[0] = simd.mul_add_f64s(*c0, *v, sums[0]);
+        sums[1] = simd.mul_add_f64s(*c1, *v, sums[1]);
+        sums[2] = simd.mul_add_f64s(*c2, *v, sums[2]);
+        sums[3] = simd.mul_add_f64s(*c3, *v, sums[3]);
+        let left = simd.mul_add_f64s(*c1, f1, simd.mul_add_f64s(*c0, f0, *to));
+        *to = simd.mul_add_f64s(*c3, f3, simd.mul_add_f64s(*c2, f2, left));
+    }
+    for (c, tail) in [t0, t1, t2, t3].into_iter().enumerate() {
+        let mut sum = simd.reduce_sum_f64s(sums[c]);
+        for ((x, v), to) in tail.iter().zip(right_tail).zip(below_tail.iter_mut()) {
+            sum += x * v;
+            *to += x * factors[c];
+        }
+        out[j + c] += sum;
+    }
 }
 
 /// Replaces the diagonal `d` by the eigenvalues; `e2` holds the squares of the subdiagonal and is overwritten.
 fn root_free_ql(d: &mut [f64], e2: &mut [f64]) -> Option<()> {
-    let negligible = |e2: f64, a: f64, b: f64| e2 <= f64::EPSILON * f64::EPSILON * (a * b).abs();
+    let negligible =
+        |e2: f64, a: f64, b: f64| e2 <= f64::EPSILON * f64::EPSILON * (a * b).abs() || e2 < SMALLEST_SQUARE;
     let n = d.len();
     let mut left = MAX_ITERATIONS * n;
     let mut start = 0;
@@ -224,6 +304,8 @@ fn root_free_ql(d: &mut [f64], e2: &mut [f64]) -> Option<()> {
             let root = e2[l].sqrt();
             let ratio = (d[l + 1] - d[l]) / (2.0 * root);
             let shift = d[l] - root / (ratio + ratio.hypot(1.0).copysign(ratio));
+            // Each step waits for the last one, so that the chain from `p` to the next `p` is kept short: one division.
+            // The others, and `s` and `c`, are made beside it.
             let (mut c, mut s) = (1.0, 0.0);
             let mut gamma = d[m] - shift;
             let mut p = gamma * gamma;
@@ -233,12 +315,12 @@ fn root_free_ql(d: &mut [f64], e2: &mut [f64]) -> Option<()> {
                 if i + 1 < m {
                     e2[i + 1] = s * r;
                 }
-                let (c_last, gamma_last) = (c, gamma);
+                let (c_last, gamma_last, inverse) = (c, gamma, r / p);
                 c = p / r;
                 s = b / r;
-                gamma = c * (d[i] - shift) - s * gamma_last;
+                gamma = (p * (d[i] - shift) - b * gamma_last) / r;
                 d[i + 1] = gamma_last + (d[i] - gamma);
-                p = if c == 0.0 { c_last * b } else { gamma * gamma / c };
+                p = if c < f64::MIN_POSITIVE { c_last * b } else { gamma * gamma * inverse };
             }
             e2[l] = s * p;
             d[l] = shift + gamma;

@@ -50,19 +50,19 @@ pub fn vendi_weighted(rows: &Rows, p: &[f64], q: f64) -> Result<f64> {
     check_probabilities(p, n)?;
     check_order(q)?;
     let unit = rows.normalized("embeddings for a Vendi score")?;
-    let mut scaled = unit.data().to_vec();
-    for (row, p) in scaled.chunks_exact_mut(unit.dim()).zip(p) {
-        let root = p.sqrt();
-        row.iter_mut().for_each(|x| *x *= root);
-    }
-    let x = view(&scaled, n, unit.dim());
-    let k = if n <= unit.dim() { gram_lower(x, 1.0) } else { gram_lower(x.transpose(), 1.0) };
-    let values = symmetric_eigenvalues(k.as_ref())?;
-    let classes = unit.classes();
+    let (dim, classes) = (unit.dim(), unit.classes());
     let mut present: Vec<usize> = classes.iter().zip(p).filter(|(_, p)| **p > 0.0).map(|(c, _)| *c).collect();
     present.sort_unstable();
     present.dedup();
-    Ok(effective_number(&values, present.len().min(unit.dim()), q))
+    let mut scaled = unit.into_data();
+    for (row, p) in scaled.chunks_exact_mut(dim).zip(p) {
+        let root = p.sqrt();
+        row.iter_mut().for_each(|x| *x *= root);
+    }
+    let x = view(&scaled, n, dim);
+    let k = if n <= dim { gram_lower(x, 1.0) } else { gram_lower(x.transpose(), 1.0) };
+    let values = symmetric_eigenvalues(k.as_ref())?;
+    Ok(effective_number(&values, present.len().min(dim), q))
 }
 
 /// Vendi score of order `q` of a similarity matrix `k` `[n, n]` (row-major, symmetric, positive semi-definite, ones on
