@@ -138,5 +138,6 @@ pub(super) fn page(
         tables: card.tables(cfg),
         charts: Vec::new(),
         songs,
+        appendix: Vec::new(),
     }
 }

@@ -82,9 +82,16 @@ pub(super) fn page(summary: &Summary, systems: &[System], title: &str) -> report
         head,
         rows,
     };
-    let mut tables = vec![table];
-    tables.extend(appendix_tables(&[(summary.tuned.clone(), summary.clone())]));
-    report::Report { title: title.into(), lead, facts: Vec::new(), tables, charts, songs }
+    let appendix = appendix_tables(&[(summary.tuned.clone(), summary.clone())]);
+    report::Report {
+        title: title.into(),
+        lead,
+        facts: Vec::new(),
+        tables: vec![table],
+        charts,
+        songs,
+        appendix,
+    }
 }
 
 /// Curves of the run that made a tuned model.

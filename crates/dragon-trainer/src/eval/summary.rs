@@ -155,15 +155,29 @@ struct Short(f64);
 
 impl std::fmt::Display for Short {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let digits = match self.0 {
+        // What rounds to zero has no sign.
+        let x = if self.0.abs() < 5e-7 { 0.0 } else { self.0 };
+        let digits = match x {
             0.0 => 0,
-            x => (3 - x.abs().max(1e-9).log10().floor() as i32).clamp(0, 6) as usize,
+            x => (3 - x.abs().log10().floor() as i32).clamp(0, 6) as usize,
         };
-        if f.sign_plus() { write!(f, "{:+.digits$}", self.0) } else { write!(f, "{:.digits$}", self.0) }
+        if f.sign_plus() { write!(f, "{x:+.digits$}") } else { write!(f, "{x:.digits$}") }
     }
 }
 
 /// `value` in four significant digits.
 pub(crate) fn number(value: f64) -> String {
     Short(value).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn four_digits_count_and_zero_has_no_sign() {
+        let texts = [123_456.7, 70.694, -0.012344, 2e-6, -3e-10, 0.0].map(number);
+        assert_eq!(texts, ["123457", "70.69", "-0.01234", "0.000002", "0", "0"]);
+        assert_eq!(format!("{:+} {:+}", Short(1.0), Short(-1e-12)), "+1.000 +0");
+    }
 }

@@ -40,21 +40,21 @@ pub fn appendix_tables(runs: &[(String, Summary)]) -> Vec<Table> {
     let of_songs = |m: &MetricResult| m.base_songs.is_some();
     let percent = |share: f64| format!("{:.1} %", 100.0 * share);
     let half = || percent(0.5);
-    // Title, whether of songs, the cells of the base and of the tuned model.
+    // Title, whether of songs, whether values (not shares won), the cells of the base and of the tuned model.
     type Cells<'a> = &'a dyn Fn(&MetricResult) -> (String, String);
-    let layouts: [(&str, bool, Cells); 5] = [
-        ("Songs won over the base (paper, Table 6)", true, &|m| {
+    let layouts: [(&str, bool, bool, Cells); 5] = [
+        ("Songs won over the base (paper, Table 6)", true, false, &|m| {
             (half(), m.song_win_rate.as_ref().map_or("-".into(), |won| percent(won.rate)))
         }),
-        ("Mean over the songs (paper, Table 7)", true, &|m| (number(m.base), number(m.tuned))),
-        ("Sets won over the base (paper, Table 8)", false, &|m| (half(), percent(m.set_win_rate))),
-        ("Mean over the sets (paper, Table 9)", false, &|m| {
+        ("Mean over the songs (paper, Table 7)", true, true, &|m| (number(m.base), number(m.tuned))),
+        ("Sets won over the base (paper, Table 8)", false, false, &|m| (half(), percent(m.set_win_rate))),
+        ("Mean over the sets (paper, Table 9)", false, true, &|m| {
             (number(m.subset_means.0), number(m.subset_means.1))
         }),
-        ("Whole set (paper, Table 10)", false, &|m| (number(m.base), number(m.tuned))),
+        ("Whole set (paper, Table 10)", false, true, &|m| (number(m.base), number(m.tuned))),
     ];
     let mut tables = Vec::new();
-    for (title, songs, cells) in layouts {
+    for (title, songs, values, cells) in layouts {
         let names = metric_names(runs, |m| of_songs(m) == songs);
         if names.is_empty() {
             continue;
@@ -77,9 +77,9 @@ pub fn appendix_tables(runs: &[(String, Summary)]) -> Vec<Table> {
             rows.push([vec![run.clone()], of_run].concat());
         }
         let lower: Vec<&str> = names.iter().copied().filter(|name| is_lower_better(runs, name)).collect();
-        let note = match lower.is_empty() {
-            true => String::new(),
-            false => format!("Lower is better: {}.", lower.join("; ")),
+        let note = match values && !lower.is_empty() {
+            true => format!("Lower is better: {}.", lower.join("; ")),
+            false => String::new(),
         };
         let head = ["model"].into_iter().chain(names.iter().copied()).map(str::to_owned).collect();
         tables.push(Table { title: title.into(), note, head, rows });
@@ -180,7 +180,7 @@ mod tests {
         assert_eq!(rows(2), ["base 50.0 %", "x 50.0 %", "y 25.0 %", "z 100.0 %"]);
         assert_eq!(rows(3), ["base 5.000", "x 3.000", "y 3.000", "z 3.000"]);
         assert_eq!(rows(4), ["base 4.000", "x 2.000", "y 2.000", "base 4.500", "z 2.000"]);
-        assert_eq!(tables[4].note, "Lower is better: a.");
+        assert_eq!([&tables[2].note[..], &tables[4].note], ["", "Lower is better: a."]);
         assert_eq!(appendix_tables(&[("x".into(), summary(vec![metric("a", 0.5)]))]).len(), 3);
     }
 }

@@ -29,6 +29,8 @@ pub struct Report {
     pub charts: Vec<Chart>,
     /// Examples to listen to.
     pub songs: Vec<Song>,
+    /// Tables at the end of the page: the same numbers in another layout, say.
+    pub appendix: Vec<Table>,
 }
 
 /// A table; cells are plain text.
@@ -213,6 +215,9 @@ impl Report {
                 song.write(&mut page);
             }
         }
+        for table in &self.appendix {
+            table.write(&mut page);
+        }
         page.push_str("</main></body></html>\n");
         page
     }
@@ -345,8 +350,10 @@ mod tests {
                     note: String::new(),
                 }],
             }],
+            appendix: vec![Table { title: "Rewards again".into(), ..Table::default() }],
         };
         let page = report.to_html();
+        assert!(page.find("reel").unwrap() < page.find("Rewards again").unwrap());
         for part in [
             "A &lt;tuned&gt; model",
             "<td>1.5</td>",

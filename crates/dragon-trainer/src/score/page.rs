@@ -85,6 +85,7 @@ fn page(
         tables,
         charts: charts(summary, reference, systems, found)?,
         songs: outliers(cfg, summary, systems),
+        appendix: Vec::new(),
     })
 }
 
