@@ -118,7 +118,7 @@ impl ScoreConfig {
                 return Err(Error::config(key, format!("at least {least}"), value));
             }
         }
-        if !(self.vendi_order >= 0.0) {
+        if self.vendi_order.is_nan() || self.vendi_order < 0.0 {
             return Err(Error::config("vendi_order", "a number of at least 0, or inf", self.vendi_order));
         }
         if self.metrics.as_ref().is_some_and(Vec::is_empty) {
