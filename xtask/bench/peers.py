@@ -343,24 +343,20 @@ class Side:
     """A process that runs cases on request."""
 
     def __init__(self, command, threads):
-        threads = str(threads)
-        # The last two are what the `dragon` binary sets for itself.
-        env = dict(
-            os.environ,
-            RAYON_NUM_THREADS=threads,
-            OMP_NUM_THREADS=threads,
-            CANDLE_NUM_THREADS="1",
-            MIMALLOC_PURGE_DELAY="-1",
-        )
+        names = ["RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"]
+        # Beside the threads, what the `dragon` binary sets for itself.
+        env = dict(os.environ, CANDLE_NUM_THREADS="1", MIMALLOC_PURGE_DELAY="-1")
+        env.update((name, str(threads)) for name in names)
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def run(self, case, seconds):
+        """What the side answers: the best time in seconds, and more."""
         self.process.stdin.write(f"{case} {seconds}\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline().split()
-        if len(answer) != 4:
+        if len(answer) < 2:
             sys.exit(f"error: a side stopped on `{case}`")
-        return float(answer[1]), int(answer[2]), int(answer[3])
+        return [float(x) for x in answer[1:]]
 
     def close(self):
         self.process.stdin.close()
@@ -396,7 +392,7 @@ def main():
                 best[case][i] = min(best[case][i], seconds)
                 counts.append(n_parameters)
             if counts[0] != counts[1]:
-                sys.exit(f"error: `{case}` has {counts[0]} parameters here and {counts[1]} in PyTorch")
+                sys.exit(f"error: `{case}` has {counts[0]:.0f} parameters here and {counts[1]:.0f} in PyTorch")
         print(f"round {round_ + 1} of {args.rounds}", file=sys.stderr)
     for side in sides:
         side.close()
@@ -420,7 +416,7 @@ def main():
                 peak[name] = side.run(name, 0.1)[1]
                 side.close()
             peaks.append(peak[case] - peak["attention_80+bwd"])
-        print(f"| `{case}` | {peaks[0]} | {peaks[1]} | {peaks[0] / max(peaks[1], 1):.2f} |")
+        print(f"| `{case}` | {peaks[0]:.0f} | {peaks[1]:.0f} | {peaks[0] / max(peaks[1], 1):.2f} |")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import ast
 import importlib.util
 import os
 import pathlib
-import subprocess
 import sys
 import time
 
@@ -172,28 +171,6 @@ def serve():
         print(name, best, float(value), flush=True)
 
 
-class Side:
-    """A process that runs cases on request."""
-
-    def __init__(self, command, threads):
-        names = ["RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"]
-        env = dict(os.environ, **{name: str(threads) for name in names})
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-
-    def run(self, case, seconds):
-        """Seconds and value."""
-        self.process.stdin.write(f"{case} {seconds}\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline().split()
-        if len(answer) != 3:
-            sys.exit(f"error: a side stopped on `{case}`")
-        return float(answer[1]), float(answer[2])
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def in_words(seconds):
     for limit, factor, unit in [(1e-3, 1e6, "µs"), (1, 1e3, "ms"), (600, 1, "s")]:
         if seconds < limit:
@@ -219,7 +196,7 @@ def main():
         sys.exit(f"error: `{binary}` is missing; start this script with `cargo xtask bench --peers metrics`")
     ours = [str(binary), str(statistics()), str(DATA)]
     theirs = [sys.executable, __file__, "--serve"]
-    sides = {threads: (Side(ours, threads), Side(theirs, threads)) for threads in (1, 2)}
+    sides = {threads: (peers.Side(ours, threads), peers.Side(theirs, threads)) for threads in (1, 2)}
     cases = [c for c in CASES if args.only in c[0] or args.only in c[1]]
     best = {}  # (side, case, threads) -> (seconds, value)
 

@@ -13,7 +13,8 @@ use crate::settings;
 
 /// Fine-tune by several presets and print their win rates over the base as the paper's Table 1 does
 ///
-/// OUT/tables.md also has them in the layouts of its Tables 6 to 10, with the values. Each preset has its folder OUT/PRESET. A preset that is done is not run again, one that was stopped goes on.
+/// OUT/tables.md also has them in the layouts of its Tables 6 to 10, with the values. Each preset has its folder
+/// OUT/PRESET. A preset that is done is not run again, one that was stopped goes on.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
