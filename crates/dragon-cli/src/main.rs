@@ -43,6 +43,9 @@ fn main() -> ExitCode {
         unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
     }
     keep_freed_memory();
+    // This thread is one of the pool: it works too, instead of waking two others for every operation and waiting.
+    // The pool is made here for the first time, so this cannot fail; if it did, the usual pool would do.
+    let _ = rayon::ThreadPoolBuilder::new().use_current_thread().build_global();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(err) => {

@@ -13,10 +13,10 @@
 
 use candle_core::{Module, Result, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
-use dragon_nn::Linear;
+use dragon_nn::{Linear, Rotary};
 use serde::{Deserialize, Serialize};
 
-use crate::kernels::{Rotary, gated_add, noise_features};
+use crate::noise_features::noise_features;
 
 /// Added to the variance in the layer norms.
 const NORM_EPS: f64 = 1e-6;
@@ -156,7 +156,7 @@ impl TextCond {
 
 /// Texts as the blocks see them, for one batch and one number of frames. Made by [`Dit::context`] and [`Dit::null_context`].
 pub struct Context {
-    /// Keys and values of each block, `[B, M, H, D]`, `M` the number of text tokens with the null token.
+    /// Keys and values of each block, `[B, M, width]`, `M` the number of text tokens with the null token.
     keys_values: Vec<(Tensor, Tensor)>,
     /// Added to the attention's logits: 0 or -inf, `[B, 1, 1, T + M]`; `None` where everything is seen.
     bias: Option<Tensor>,
@@ -310,7 +310,7 @@ impl Dit {
         let tokens = self.null_text.reshape((1, 1, self.cfg.width))?;
         let mut context = self.context_of(&tokens, None, n_frames)?;
         for (key, value) in &mut context.keys_values {
-            let shape = (batch, 1, self.cfg.heads, self.cfg.head_dim());
+            let shape = (batch, 1, self.cfg.width);
             *key = key.broadcast_as(shape)?.contiguous()?;
             *value = value.broadcast_as(shape)?.contiguous()?;
         }
@@ -431,31 +431,23 @@ impl Block {
         (text_key, text_value): &(Tensor, Tensor),
         context: &Context,
     ) -> Result<Tensor> {
-        let (batch, frames, width) = h.dims3()?;
         let m = self.modulation.forward(level)?; // shift, scale, gate of the attention; the same of the feed-forward
         let x = dragon_nn::ada_layer_norm(h, &m[0], &m[1], NORM_EPS)?; // [B, T, width]
-        let query = context.rotary.apply(&self.split(&self.query.forward(&x)?)?)?; // [B, T, H, D]
-        let key = context.rotary.apply(&self.split(&self.key.forward(&x)?)?)?;
-        let value = self.split(&self.value.forward(&x)?)?;
-        let key = Tensor::cat(&[&key, text_key], 1)?; // [B, T + M, H, D]
-        let value = Tensor::cat(&[&value, text_value], 1)?;
-        let scale = 1.0 / ((width / self.heads) as f64).sqrt();
-        let mixed = dragon_nn::attention(&query, &key, &value, context.bias.as_ref(), scale)?
-            .reshape((batch, frames, width))?;
-        let h = gated_add(h, &m[2], &self.attention_out.forward(&mixed)?)?;
+        let query = context.rotary.apply(&self.query.forward(&x)?, self.heads)?; // [B, T, width]
+        let key = context.rotary.apply(&self.key.forward(&x)?, self.heads)?;
+        let key = Tensor::cat(&[&key, text_key], 1)?; // [B, T + M, width]
+        let value = Tensor::cat(&[&self.value.forward(&x)?, text_value], 1)?;
+        let scale = 1.0 / ((h.dim(2)? / self.heads) as f64).sqrt();
+        let bias = context.bias.as_ref();
+        let mixed = dragon_nn::attention(&query, &key, &value, self.heads, bias, scale)?; // [B, T, width]
+        let h = dragon_nn::gated_add(h, &m[2], &self.attention_out.forward(&mixed)?)?;
         let x = dragon_nn::ada_layer_norm(&h, &m[3], &m[4], NORM_EPS)?;
-        let x = self.ffn_out.forward(&dragon_nn::swiglu(&self.ffn_in.forward(&x)?)?)?;
-        gated_add(&h, &m[5], &x)
+        let x = dragon_nn::swiglu_feed_forward(&x, &self.ffn_in.weight, &self.ffn_out.weight)?;
+        dragon_nn::gated_add(&h, &m[5], &x)
     }
 
     fn text_keys_values(&self, tokens: &Tensor) -> Result<(Tensor, Tensor)> {
-        Ok((self.split(&self.text_key.forward(tokens)?)?, self.split(&self.text_value.forward(tokens)?)?))
-    }
-
-    /// `[B, T, H * D]` to `[B, T, H, D]`.
-    fn split(&self, x: &Tensor) -> Result<Tensor> {
-        let (batch, frames, width) = x.dims3()?;
-        x.reshape((batch, frames, self.heads, width / self.heads))
+        Ok((self.text_key.forward(tokens)?, self.text_value.forward(tokens)?))
     }
 }
 

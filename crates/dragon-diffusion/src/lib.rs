@@ -11,8 +11,8 @@
 pub mod dit;
 pub mod edm;
 pub mod guidance;
-mod kernels;
 pub mod model;
+mod noise_features;
 pub mod sampler;
 pub mod solver;
 

@@ -541,12 +541,12 @@ impl WindowAttention {
         let (n_places, n_heads) = (len / self.n_windows, self.n_windows * self.n_heads);
         let qkv = self.qkv.forward(&self.order.apply(x)?)?; // [B, N*windows, 3C]
         let part = |i: usize| {
-            let heads = (batch, n_places, n_heads, dim / self.n_heads);
-            qkv.narrow(2, i * dim, dim)?.contiguous()?.reshape(heads) // [B, N, windows*H, C/H]
+            let rows = (batch, n_places, self.n_windows * dim);
+            qkv.narrow(2, i * dim, dim)?.contiguous()?.reshape(rows) // [B, N, windows*C]
         };
         let scale = ((dim / self.n_heads) as f64).powf(-0.5);
-        let mixed =
-            dragon_nn::attention(&part(0)?, &part(1)?, &part(2)?, Some(&self.bias(n_places)?), scale)?;
+        let bias = self.bias(n_places)?;
+        let mixed = dragon_nn::attention(&part(0)?, &part(1)?, &part(2)?, n_heads, Some(&bias), scale)?;
         let mixed = self.proj.forward(&mixed.reshape((batch, len, dim))?)?; // [B, N*windows, C]
         self.order.inverse().apply(&mixed) // [B, L, C]
     }

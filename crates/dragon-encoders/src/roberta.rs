@@ -215,13 +215,9 @@ impl Block {
     }
 
     fn forward(&self, x: &Tensor, bias: &Tensor) -> Result<Tensor> {
-        let (batch, len, width) = x.dims3()?;
-        let heads = |t: Tensor| t.reshape((batch, len, self.n_heads, width / self.n_heads)); // [B, L, H, D/H]
-        let q = heads(self.query.forward(x)?)?;
-        let k = heads(self.key.forward(x)?)?;
-        let v = heads(self.value.forward(x)?)?;
-        let scale = ((width / self.n_heads) as f64).powf(-0.5);
-        let mixed = dragon_nn::attention(&q, &k, &v, Some(bias), scale)?.flatten_from(2)?; // [B, L, D]
+        let (q, k, v) = (self.query.forward(x)?, self.key.forward(x)?, self.value.forward(x)?); // [B, L, D]
+        let scale = ((x.dim(2)? / self.n_heads) as f64).powf(-0.5);
+        let mixed = dragon_nn::attention(&q, &k, &v, self.n_heads, Some(bias), scale)?; // [B, L, D]
         let x = self.attention_norm.forward(&(self.attention_out.forward(&mixed)? + x)?)?; // [B, L, D]
         let h = dragon_nn::gelu(&self.intermediate.forward(&x)?)?; // [B, L, intermediate]
         self.norm.forward(&(self.out.forward(&h)? + &x)?) // [B, L, D]

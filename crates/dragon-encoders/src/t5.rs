@@ -241,12 +241,9 @@ impl Block {
     }
 
     fn forward(&self, x: &Tensor, bias: &Tensor) -> Result<Tensor> {
-        let (batch, len, _) = x.dims3()?;
         let h = dragon_nn::rms_norm(x, Some(&self.attention_norm), self.eps)?; // [B, L, d_model]
-        let heads = |t: Tensor| t.reshape((batch, len, self.num_heads, ())); // [B, L, H, d_kv]
-        let (q, k, v) =
-            (heads(self.q.forward(&h)?)?, heads(self.k.forward(&h)?)?, heads(self.v.forward(&h)?)?);
-        let mixed = dragon_nn::attention(&q, &k, &v, Some(bias), 1.0)?.flatten_from(2)?; // [B, L, H*d_kv]
+        let (q, k, v) = (self.q.forward(&h)?, self.k.forward(&h)?, self.v.forward(&h)?); // [B, L, H*d_kv]
+        let mixed = dragon_nn::attention(&q, &k, &v, self.num_heads, Some(bias), 1.0)?; // [B, L, H*d_kv]
         let x = (x + self.o.forward(&mixed)?)?; // [B, L, d_model]
         let h = dragon_nn::rms_norm(&x, Some(&self.feed_forward_norm), self.eps)?;
         &x + self.feed_forward.forward(&h)?

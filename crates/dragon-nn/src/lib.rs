@@ -22,11 +22,14 @@ mod ada_layer_norm;
 mod attention;
 mod conv1d;
 mod conv_transpose1d;
+mod gated_add;
 mod layer_norm;
 mod linear;
 mod rms_norm;
+mod rotary;
 mod snake;
 mod swiglu;
+mod swiglu_feed_forward;
 
 mod adamw;
 mod backward;
@@ -44,14 +47,17 @@ pub use checkpoint::{write_atomically, write_safetensors};
 pub use conv_transpose1d::{ConvTranspose1dSpec, conv_transpose1d};
 pub use conv1d::{Conv1dSpec, conv1d};
 pub use ema::Ema;
+pub use gated_add::gated_add;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use modules::{Conv1d, ConvTranspose1d, Embedding, LayerNorm, Linear, RmsNorm, Snake};
 pub use params::{LoadError, Params};
 pub use rms_norm::rms_norm;
 pub use rng::Rng;
-pub use snake::snake;
+pub use rotary::Rotary;
+pub use snake::{snake, snake_beta};
 pub use swiglu::swiglu;
+pub use swiglu_feed_forward::swiglu_feed_forward;
 
 use candle_core::{Result, Tensor};
 

@@ -132,9 +132,22 @@ impl Conv1d {
         spec: Conv1dSpec,
         vb: VarBuilder,
     ) -> Result<Self> {
-        let weight = Weight::normed((c_out, c_in / spec.groups, kernel), &vb)?;
         let bias = vb.get_with_hints(c_out, "bias", default_init(c_in / spec.groups * kernel))?;
-        Ok(Conv1d { weight, bias: Some(bias), spec })
+        Ok(Conv1d { bias: Some(bias), ..Conv1d::weight_norm_no_bias(c_in, c_out, kernel, spec, vb)? })
+    }
+
+    /// Reads `weight_g` and `weight_v` only.
+    ///
+    /// # Errors
+    /// If a tensor is missing or misshapen.
+    pub fn weight_norm_no_bias(
+        c_in: usize,
+        c_out: usize,
+        kernel: usize,
+        spec: Conv1dSpec,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        Ok(Conv1d { weight: Weight::normed((c_out, c_in / spec.groups, kernel), &vb)?, bias: None, spec })
     }
 
     /// The weight in use, `[Cout, Cin/groups, K]`.
@@ -304,10 +317,13 @@ impl Module for Embedding {
     }
 }
 
-/// Snake activation of the last dimension; parameter `alpha`, stored `[1, C, 1]` as in descript-audio-codec.
+/// Snake activation of the last dimension.
 #[derive(Debug, Clone)]
-pub struct Snake {
-    alpha: Tensor,
+pub enum Snake {
+    /// [`crate::snake`]; parameter `alpha`, stored `[1, C, 1]` as in descript-audio-codec.
+    Plain(Tensor),
+    /// [`crate::snake_beta`]; parameters `alpha` and `beta`, stored `[C]` and as logarithms, as in stable-audio-tools.
+    Beta(Tensor, Tensor),
 }
 
 impl Snake {
@@ -316,12 +332,24 @@ impl Snake {
     /// # Errors
     /// If the tensor is missing or misshapen.
     pub fn new(channels: usize, vb: VarBuilder) -> Result<Self> {
-        Ok(Snake { alpha: vb.get_with_hints((1, channels, 1), "alpha", Init::Const(1.0))? })
+        Ok(Snake::Plain(vb.get_with_hints((1, channels, 1), "alpha", Init::Const(1.0))?))
+    }
+
+    /// Reads `alpha` and `beta` (logarithms, zeros at first).
+    ///
+    /// # Errors
+    /// If a tensor is missing or misshapen.
+    pub fn beta(channels: usize, vb: VarBuilder) -> Result<Self> {
+        let get = |name| vb.get_with_hints(channels, name, Init::Const(0.0));
+        Ok(Snake::Beta(get("alpha")?, get("beta")?))
     }
 }
 
 impl Module for Snake {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        crate::snake(x, &self.alpha.flatten_all()?)
+        match self {
+            Snake::Plain(alpha) => crate::snake(x, &alpha.flatten_all()?),
+            Snake::Beta(alpha, beta) => crate::snake_beta(x, &alpha.exp()?, &beta.exp()?),
+        }
     }
 }

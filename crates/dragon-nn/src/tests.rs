@@ -222,7 +222,10 @@ fn element_wise_operations_are_right() {
         check(&x, |t| softmax_last(&t[0]), |t| activation::plain::softmax_last(&t[0]));
         let c = *shape.last().unwrap();
         let with_alpha = [x[0].clone(), (noise("alpha", &[c]).abs().unwrap() + 0.3).unwrap()];
-        check(&with_alpha, |t| snake(&t[0], &t[1]), |t| snake::plain::snake(&t[0], &t[1]));
+        check(&with_alpha, |t| snake(&t[0], &t[1]), |t| snake::plain::snake(&t[0], &t[1], &t[1]));
+        let [x0, alpha] = with_alpha;
+        let with_beta = [x0, alpha, (noise("beta", &[c]).abs().unwrap() + 0.4).unwrap()];
+        check(&with_beta, |t| snake_beta(&t[0], &t[1], &t[2]), |t| snake::plain::snake(&t[0], &t[1], &t[2]));
         let mut double = shape.to_vec();
         *double.last_mut().unwrap() *= 2;
         let x = [noise("gates", &double)];
@@ -244,24 +247,78 @@ fn large_row_wise_operations_do_not_depend_on_threads() {
 }
 
 #[test]
+fn parts_of_a_transformer_block_are_right() {
+    for (b, t, c, hidden) in [(2, 3, 5, 4), (1, 1, 1, 1), (3, 40, 17, 33)] {
+        let x = noise("x", &[b, t, c]);
+        let inputs = [x.clone(), noise("in", &[2 * hidden, c]), noise("out", &[c + 1, hidden])];
+        check(
+            &inputs,
+            |t| swiglu_feed_forward(&t[0], &t[1], &t[2]),
+            |t| swiglu_feed_forward::plain::swiglu_feed_forward(&t[0], &t[1], &t[2]),
+        );
+        let inputs = [x, noise("gate", &[b, c]), noise("y", &[b, t, c])];
+        check(
+            &inputs,
+            |t| gated_add(&t[0], &t[1], &t[2]),
+            |t| gated_add::plain::gated_add(&t[0], &t[1], &t[2]),
+        );
+    }
+    for (heads, head_dim, rotary_dim) in [(3, 8, 6), (1, 2, 2), (2, 4, 4)] {
+        let angles = Rotary::new(rotary_dim, 100.0, 9);
+        check(
+            &[noise("x", &[2, 7, heads * head_dim])],
+            |t| angles.apply(&t[0], heads),
+            |t| rotary::plain::rotary(&angles, &t[0], heads),
+        );
+    }
+}
+
+#[test]
+fn a_fused_feed_forward_equals_its_parts_bit_for_bit() {
+    let inputs = [noise("x", &[2, 50, 40]), noise("in", &[96, 40]), noise("out", &[40, 48])];
+    let fused = run(&inputs, |t| swiglu_feed_forward(&t[0], &t[1], &t[2]));
+    let parts = run(&inputs, |t| linear(&swiglu(&linear(&t[0], &t[1], None)?)?, &t[2], None));
+    for (fused, parts) in fused.iter().zip(&parts) {
+        assert_close(fused, parts, Tol::EXACT);
+    }
+}
+
+#[test]
+fn rotary_products_depend_on_the_distance_only() {
+    let angles = Rotary::new(8, 100.0, 32);
+    let turned = |key: &str| {
+        let x = noise(key, &[1, 1, 8]).to_dtype(DType::F32).unwrap().broadcast_as((1, 32, 8)).unwrap();
+        angles.apply(&x, 1).unwrap()
+    };
+    let (q, k) = (turned("q"), turned("k"));
+    let product = |i: usize, j: usize| -> f32 {
+        let both = q.narrow(1, i, 1).unwrap() * k.narrow(1, j, 1).unwrap();
+        both.unwrap().sum_all().unwrap().to_scalar().unwrap()
+    };
+    assert!((product(5, 2) - product(30, 27)).abs() < 1e-4);
+    assert!((product(5, 2) - product(2, 5)).abs() > 1e-3);
+}
+
+#[test]
 fn attention_is_right() {
     for (b, tq, tk, h, d, dv) in [(2, 3, 4, 2, 3, 2), (1, 1, 1, 1, 1, 1), (1, 70, 5, 1, 2, 2)] {
-        let qkv = [noise("q", &[b, tq, h, d]), noise("k", &[b, tk, h, d]), noise("v", &[b, tk, h, dv])];
+        let qkv = [noise("q", &[b, tq, h * d]), noise("k", &[b, tk, h * d]), noise("v", &[b, tk, h * dv])];
         check(
             &qkv,
-            |t| attention(&t[0], &t[1], &t[2], None, 0.7),
-            |t| attention::plain::attention(&t[0], &t[1], &t[2], None, 0.7),
+            |t| attention(&t[0], &t[1], &t[2], h, None, 0.7),
+            |t| attention::plain::attention(&t[0], &t[1], &t[2], h, None, 0.7),
         );
         for bias in [[b, h, tq, tk], [1, h, tq, tk], [b, 1, 1, tk], [1, 1, 1, tk]] {
             let constant = noise("bias", &bias);
             check(
                 &qkv,
-                |t| attention(&t[0], &t[1], &t[2], Some(&constant.to_dtype(t[0].dtype())?), 0.7),
+                |t| attention(&t[0], &t[1], &t[2], h, Some(&constant.to_dtype(t[0].dtype())?), 0.7),
                 |t| {
                     attention::plain::attention(
                         &t[0],
                         &t[1],
                         &t[2],
+                        h,
                         Some(&constant.to_dtype(t[0].dtype())?),
                         0.7,
                     )
@@ -271,8 +328,8 @@ fn attention_is_right() {
             inputs.push(constant);
             check(
                 &inputs,
-                |t| attention(&t[0], &t[1], &t[2], Some(&t[3]), 0.7),
-                |t| attention::plain::attention(&t[0], &t[1], &t[2], Some(&t[3]), 0.7),
+                |t| attention(&t[0], &t[1], &t[2], h, Some(&t[3]), 0.7),
+                |t| attention::plain::attention(&t[0], &t[1], &t[2], h, Some(&t[3]), 0.7),
             );
         }
     }
@@ -280,24 +337,24 @@ fn attention_is_right() {
 
 #[test]
 fn a_masked_key_counts_for_nothing_and_a_blind_query_gives_zeros() {
-    let (q, k, v) = (noise("q", &[1, 2, 1, 4]), noise("k", &[1, 3, 1, 4]), noise("v", &[1, 3, 1, 4]));
+    let (q, k, v) = (noise("q", &[1, 2, 4]), noise("k", &[1, 3, 4]), noise("v", &[1, 3, 4]));
     let inf = f64::NEG_INFINITY;
     let bias = Tensor::new(&[[[[0.0, inf, 0.3], [inf, inf, inf]]]], &CPU).unwrap();
-    let got = attention(&q, &k, &v, Some(&bias), 0.5).unwrap();
+    let got = attention(&q, &k, &v, 1, Some(&bias), 0.5).unwrap();
     let kept = Tensor::new(&[0u32, 2], &CPU).unwrap();
     let (k, v) = (k.index_select(&kept, 1).unwrap(), v.index_select(&kept, 1).unwrap());
     let bias = bias.narrow(2, 0, 1).unwrap().index_select(&kept, 3).unwrap();
-    let want = attention(&q.narrow(1, 0, 1).unwrap(), &k, &v, Some(&bias), 0.5).unwrap();
+    let want = attention(&q.narrow(1, 0, 1).unwrap(), &k, &v, 1, Some(&bias), 0.5).unwrap();
     assert_close(&got.narrow(1, 0, 1).unwrap(), &want, Tol::STATISTICS);
     assert_close(&got.narrow(1, 1, 1).unwrap(), &want.zeros_like().unwrap(), Tol::EXACT);
 }
 
 #[test]
 fn large_attention_does_not_depend_on_threads_and_equals_the_plain_one() {
-    let inputs = [noise("q", &[2, 150, 3, 20]), noise("k", &[2, 130, 3, 20]), noise("v", &[2, 130, 3, 20])];
-    same_on_any_number_of_threads(&inputs, |t| attention(&t[0], &t[1], &t[2], None, 0.2));
-    let got = run(&inputs, |t| attention(&t[0], &t[1], &t[2], None, 0.2));
-    let want = run(&inputs, |t| attention::plain::attention(&t[0], &t[1], &t[2], None, 0.2));
+    let inputs = [noise("q", &[2, 150, 60]), noise("k", &[2, 130, 60]), noise("v", &[2, 130, 60])];
+    same_on_any_number_of_threads(&inputs, |t| attention(&t[0], &t[1], &t[2], 3, None, 0.2));
+    let got = run(&inputs, |t| attention(&t[0], &t[1], &t[2], 3, None, 0.2));
+    let want = run(&inputs, |t| attention::plain::attention(&t[0], &t[1], &t[2], 3, None, 0.2));
     for (got, want) in got.iter().zip(&want) {
         assert_close(got, want, Tol { atol: 2e-5, rtol: 1e-4 });
     }
@@ -344,7 +401,12 @@ fn operations_match_pytorch() {
         "conv_transpose1d_grouped",
         ConvTranspose1dSpec { stride: 2, dilation: 2, groups: 2, ..transposed },
     );
-    matches_pytorch(&golden, "attention", 4, |t| attention(&t[0], &t[1], &t[2], Some(&t[3]), 0.3));
+    matches_pytorch(&golden, "attention", 4, |t| {
+        let (batch, frames, heads, _) = t[0].dims4()?;
+        let flat = |t: &Tensor| t.flatten_from(2);
+        let mixed = attention(&flat(&t[0])?, &flat(&t[1])?, &flat(&t[2])?, heads, Some(&t[3]), 0.3)?;
+        mixed.reshape((batch, frames, heads, ()))
+    });
     matches_pytorch(&golden, "layer_norm", 3, |t| layer_norm(&t[0], Some(&t[1]), Some(&t[2]), 1e-5));
     matches_pytorch(&golden, "rms_norm", 2, |t| rms_norm(&t[0], Some(&t[1]), 1e-6));
     matches_pytorch(&golden, "gelu", 1, |t| gelu(&t[0]));
@@ -428,8 +490,16 @@ fn misfits_are_named() {
     let message =
         conv1d(&t(&[1, 2, 3]), &t(&[4, 3, 9]), None, Conv1dSpec::default()).unwrap_err().to_string();
     assert!(message.contains("shorter than the kernel's reach of 9"), "{message}");
-    let message = attention(&t(&[1, 2, 3, 4]), &t(&[1, 2, 3, 5]), &t(&[1, 2, 3, 4]), None, 1.0)
-        .unwrap_err()
-        .to_string();
-    assert!(message.contains("[1, 2, 3, 5]"), "{message}");
+    let message =
+        attention(&t(&[1, 2, 4]), &t(&[1, 2, 5]), &t(&[1, 2, 4]), 2, None, 1.0).unwrap_err().to_string();
+    assert!(message.contains("[1, 2, 5]"), "{message}");
+    let x = t(&[1, 2, 6]);
+    let message = attention(&x, &x, &x, 4, None, 1.0).unwrap_err().to_string();
+    assert!(message.contains("6 channels do not divide into 4 heads"), "{message}");
+    let message = swiglu_feed_forward(&x, &t(&[8, 6]), &t(&[6, 8])).unwrap_err().to_string();
+    assert!(message.contains("[8, 6]"), "{message}");
+    let message = Rotary::new(4, 100.0, 1).apply(&x, 1).unwrap_err().to_string();
+    assert!(message.contains("1 frames"), "{message}");
+    let message = gated_add(&x, &t(&[2, 6]), &x).unwrap_err().to_string();
+    assert!(message.contains("[2, 6]"), "{message}");
 }

@@ -190,7 +190,9 @@ fn case(name: &str) -> Result<Case> {
         operation(pass, shapes, move |t| conv_transpose1d(&t[0], &t[1], Some(&t[2]), spec))
     };
     let dense = |shapes: &[&[usize]]| operation(pass, shapes, |t| linear(&t[0], &t[1], Some(&t[2])));
-    let mix = |shape: &[usize]| operation(pass, &[shape; 3], |t| attention(&t[0], &t[1], &t[2], None, 0.2));
+    let mix = |shape: &[usize], heads: usize| {
+        operation(pass, &[shape; 3], move |t| attention(&t[0], &t[1], &t[2], heads, None, 0.2))
+    };
     match kind {
         "linear_192_768" => dense(&[&[1280, 192], &[768, 192], &[768]]),
         "linear_512_2048" => dense(&[&[640, 512], &[2048, 512], &[2048]]),
@@ -201,8 +203,8 @@ fn case(name: &str) -> Result<Case> {
         "conv1d_512_k7" => conv(&[&[4, 320, 512], &[512, 512, 7], &[512]], 1, 3, 1),
         "conv_transpose1d_s4" => conv_transpose(&[&[4, 2048, 128], &[128, 64, 8], &[64]], 4, 2),
         "conv_transpose1d_s8" => conv_transpose(&[&[4, 80, 512], &[512, 256, 16], &[256]], 8, 4),
-        "attention_80" => mix(&[16, 80, 6, 32]),
-        "attention_1024" => mix(&[2, 1024, 8, 64]),
+        "attention_80" => mix(&[16, 80, 6 * 32], 6),
+        "attention_1024" => mix(&[2, 1024, 8 * 64], 8),
         "dit_tiny" => diffusion(pass, dit::Config::tiny_music(), 16),
         "dit_512x8" => diffusion(pass, dit_512x8(), 8),
         "vae_encode" => autoencoder(pass, false),
@@ -219,6 +221,8 @@ fn peak_mib() -> u64 {
 }
 
 fn main() -> Result<()> {
+    // As in the `dragon` binary.
+    rayon::ThreadPoolBuilder::new().use_current_thread().build_global().map_err(candle_core::Error::wrap)?;
     for line in std::io::stdin().lock().lines() {
         let line = line.map_err(candle_core::Error::wrap)?;
         let mut words = line.split_whitespace();

@@ -17,17 +17,19 @@ pub(crate) fn attention(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
+    heads: usize,
     bias: Option<&Tensor>,
     scale: f64,
 ) -> Result<Tensor> {
-    let (batch, tq, heads, d) = q.dims4()?;
-    let (_, tk, _, dv) = v.dims4()?;
+    let ((batch, tq, channels), (_, tk, v_channels)) = (q.dims3()?, v.dims3()?);
+    let (d, dv) = (channels / heads, v_channels / heads);
     let dims = Dims { batch, heads, tq, tk, d, dv, scale };
     let q = q.contiguous()?;
     match bias {
         // An operation takes three tensors: a bias that learns gets a place, keys and values then share one.
         Some(bias) if bias.track_op() => {
-            let kv = Tensor::cat(&[k, v], 3)?; // [B, Tk, H, D+Dv]
+            let split = |t: &Tensor, d: usize| t.reshape((batch, tk, heads, d));
+            let kv = Tensor::cat(&[split(k, d)?, split(v, dv)?], 3)?; // [B, Tk, H, D+Dv]
             let op = Attention { dims, bias_dims: Some(bias.dims4()?), bias: None, norms: OnceLock::new() };
             q.apply_op3(&kv, &bias.contiguous()?, op)
         }
@@ -213,16 +215,12 @@ impl<T: Real> Inputs<'_, T> {
         let ld = self.dims.row();
         let (k_width, v_width) = if shared_kv { (d + dv, d + dv) } else { (d, dv) };
         let v_start = if shared_kv { d } else { 0 };
-        let mut dk = vec![T::ZERO; batch * tk * heads * k_width];
-        let mut dv_own = vec![T::ZERO; if shared_kv { 0 } else { batch * tk * heads * v_width }];
         let bias_dims = self.bias.map(|(_, dims)| dims).filter(|_| bias_gradient);
         let mut d_bias = vec![T::ZERO; bias_dims.map_or(0, |(a, b, c, d)| a * b * c * d)];
-        let dk_pointer = shared(&mut dk);
-        let dv_pointer = if shared_kv { dk_pointer } else { shared(&mut dv_own) };
         let bias_pointer = shared(&mut d_bias);
         // Examples and heads that share a row of the bias are one task, so that its sum has one order.
         let (tasks_b, tasks_h) = bias_dims.map_or((batch, heads), |(bb, bh, ..)| (bb, bh));
-        let one = |b: usize, h: usize, dq: Shared<T>| {
+        let one = |b: usize, h: usize, [dq, dk, dv_all]: [Shared<T>; 3]| {
             let keys = self.k.of(b, h, tk);
             let keys_t = pack_transposed(keys, tk, d, self.k.stride);
             let keys_s = pack_straight(keys, tk, d, self.k.stride);
@@ -266,39 +264,44 @@ impl<T: Real> Inputs<'_, T> {
                 unsafe {
                     product(&d_logits, keys_s.all(), None, dq, &to);
                     let rows = rows(n, tk, ld, self.q.stride);
-                    dk_sum = weight_gradient(&d_logits, q, d, &rows, Some(dk_sum));
-                    dv_sum = weight_gradient(
-                        &weights,
-                        g,
-                        dv,
-                        &Rows { out_step: heads * dv, ..rows },
-                        Some(dv_sum),
-                    );
+                    weight_gradient(&d_logits, q, d, &rows, shared(&mut dk_sum), true);
+                    let rows = Rows { out_step: heads * dv, ..rows };
+                    weight_gradient(&weights, g, dv, &rows, shared(&mut dv_sum), true);
                 }
             }
             for t in 0..tk {
                 // SAFETY: each (b, h) writes its own channels.
                 unsafe {
                     let row = (b * tk + t) * heads + h;
-                    dk_pointer.range(row * k_width, d).copy_from_slice(&dk_sum[t * d..(t + 1) * d]);
-                    dv_pointer
-                        .range(row * v_width + v_start, dv)
-                        .copy_from_slice(&dv_sum[t * dv..(t + 1) * dv]);
+                    dk.range(row * k_width, d).copy_from_slice(&dk_sum[t * d..(t + 1) * d]);
+                    let to = dv_all.range(row * v_width + v_start, dv);
+                    to.copy_from_slice(&dv_sum[t * dv..(t + 1) * dv]);
                 }
             }
         };
-        let fill = |dq: Shared<T>| {
+        let fill = |all: [Shared<T>; 3]| {
             for_each(tasks_b * tasks_h, self.work() * 3, |task| {
                 let (task_b, task_h) = (task / tasks_h, task % tasks_h);
                 for b in if tasks_b == batch { task_b..task_b + 1 } else { 0..batch } {
                     for h in if tasks_h == heads { task_h..task_h + 1 } else { 0..heads } {
-                        one(b, h, dq);
+                        one(b, h, all);
                     }
                 }
             });
         };
-        // SAFETY: the heads together write every element.
-        let dq = unsafe { filled(batch * tq * heads * d, fill) };
+        let (mut dk, mut dv_own) = (Vec::new(), Vec::new());
+        // SAFETY: the heads together write every element; keys and values that share a tensor share its gradient.
+        let dq = unsafe {
+            filled(batch * tq * heads * d, |dq| {
+                dk = filled(batch * tk * heads * k_width, |dk| {
+                    if shared_kv {
+                        fill([dq, dk, dk]);
+                    } else {
+                        dv_own = filled(batch * tk * heads * v_width, |dv| fill([dq, dk, dv]));
+                    }
+                });
+            })
+        };
         [dq, dk, dv_own, d_bias]
     }
 }
@@ -365,7 +368,7 @@ impl CustomOp3 for Attention {
             let (y, norms) = inputs.forward();
             // An operation runs forward once.
             let _ = self.norms.set(tensor(norms, (batch, heads, tq, 2))?);
-            Ok((T::storage(y), Shape::from((batch, tq, heads, dv))))
+            Ok((T::storage(y), Shape::from((batch, tq, heads * dv))))
         })
     }
 

@@ -6,10 +6,14 @@ pub(crate) fn attention(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
+    heads: usize,
     bias: Option<&Tensor>,
     scale: f64,
 ) -> Result<Tensor> {
-    let heads_first = |t: &Tensor| t.transpose(1, 2)?.contiguous(); // [B, H, T, D]
+    let heads_first = |t: &Tensor| {
+        let (batch, len, channels) = t.dims3()?;
+        t.reshape((batch, len, heads, channels / heads))?.transpose(1, 2)?.contiguous() // [B, H, T, D]
+    };
     let (q, k, v) = (heads_first(q)?, heads_first(k)?, heads_first(v)?);
     let logits = (q.matmul(&k.t()?)? * scale)?; // [B, H, Tq, Tk]
     let logits = match bias {
@@ -21,5 +25,5 @@ pub(crate) fn attention(
     let weights = logits.broadcast_sub(&max)?.exp()?;
     let total = weights.sum_keepdim(D::Minus1)?;
     let total = total.maximum(&total.ones_like()?.affine(1e-30, 0.0)?)?;
-    weights.broadcast_div(&total)?.matmul(&v)?.transpose(1, 2)?.contiguous() // [B, Tq, H, Dv]
+    weights.broadcast_div(&total)?.matmul(&v)?.transpose(1, 2)?.flatten_from(2) // [B, Tq, H·Dv]
 }

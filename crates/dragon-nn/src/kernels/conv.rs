@@ -19,6 +19,22 @@ pub(crate) struct Geometry {
 }
 
 impl Geometry {
+    /// Of a linear layer: one tap over all rows.
+    pub(crate) fn linear(rows: usize, c_in: usize, c_out: usize) -> Self {
+        Self {
+            batch: 1,
+            t_in: rows,
+            c_in,
+            t_out: rows,
+            c_out,
+            kernel: 1,
+            stride: 1,
+            padding: 0,
+            dilation: 1,
+            groups: 1,
+        }
+    }
+
     fn in_group(&self) -> usize {
         self.c_in / self.groups
     }
@@ -140,12 +156,14 @@ pub(crate) fn correlate_weight_gradient<T: Real>(x: &[T], g: &[T], geo: &Geometr
                         out_start: group * ig,
                         ..geo.rows(&taps, group)
                     };
-                    let dw = weight_gradient(&g[(group * og).min(g.len())..], x, ig, &rows, None);
-                    out.range(group * og * ig, og * ig).copy_from_slice(&dw);
+                    let dw = out.from(group * og * ig);
+                    weight_gradient(&g[(group * og).min(g.len())..], x, ig, &rows, dw, false);
                     continue;
                 }
                 let x = &x[(group * ig).min(x.len())..];
-                let taps_first = weight_gradient(x, g, og, &geo.rows(&taps, group), None);
+                let rows = geo.rows(&taps, group);
+                let taps_first =
+                    filled(k * ig * og, |taps_first| weight_gradient(x, g, og, &rows, taps_first, false));
                 // [k, i, o] -> [o, i, k], eight by eight.
                 for_each(og.div_ceil(8), taps_first.len(), |block| {
                     let columns = block * 8..((block + 1) * 8).min(og);

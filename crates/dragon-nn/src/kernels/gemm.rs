@@ -6,7 +6,7 @@
 //! number of rows, tiles or threads, so results depend on none of these.
 
 use super::real::{Start, Target};
-use super::{Real, Shared, filled, for_each, ordered_sum};
+use super::{Real, Shared, filled, for_each};
 
 /// Columns of a packed panel.
 pub(crate) const NR: usize = 16;
@@ -350,21 +350,22 @@ impl<T: Real> Tile<'_, T> {
 }
 
 /// The gradient of [`product`]'s matrix: `dB[tap·width + i, j] = Σ_batch Σ_r x[r·in_step + tap, i] · g[r, j]`,
-/// as `[taps · width, n]`, row-major.
+/// to `out` as `[taps · width, n]`, row-major; `add` to what it holds, for callers that are one task of many, or in its
+/// place.
 ///
 /// `g` holds the rows of the result's gradient: row `r` of an example starts at `r * out_step + out_start`.
-/// The gradient is added to `sum`, if there is one: for callers that are one task of many.
 ///
 /// # Safety
-/// As for [`product`], with `g` in the place of `out`.
+/// As for [`product`], with `g` in the place of `out`; `out` has `taps · width · n` elements, written if `add`.
 pub(crate) unsafe fn weight_gradient<T: Real>(
     x: &[T],
     g: &[T],
     n: usize,
     rows: &Rows,
-    sum: Option<Vec<T>>,
-) -> Vec<T> {
-    assert!(sum.is_none() || !rows.parallel);
+    out: Shared<T>,
+    add: bool,
+) {
+    assert!(!add || !rows.parallel);
     /// Elements between the copied rows of a tile: one register of f32.
     const WIDE: usize = 8;
     /// Panels that stay in the second-level cache while all tiles pass over them.
@@ -404,26 +405,33 @@ pub(crate) unsafe fn weight_gradient<T: Real>(
         for (p, r) in (first..(first + depth).min(rows.n_rows)).enumerate() {
             let row = &g[example * rows.out_batch + r * rows.out_step + rows.out_start..][..n];
             for (panel, columns) in row.chunks(NR).enumerate() {
-                packed[(panel * depth + p) * NR..][..columns.len()].copy_from_slice(columns);
+                let to = &mut packed[(panel * depth + p) * NR..][..NR];
+                to[..columns.len()].copy_from_slice(columns);
+                to[columns.len()..].fill(T::ZERO);
             }
         }
     };
     let chunk_len = n_panels * depth * NR;
     // One task per chunk packs for itself; several share what is packed before.
     let packed_before = if row_parts > 1 {
-        let mut all = vec![T::ZERO; n_chunks * chunk_len];
-        let pointer = super::shared(&mut all);
-        // SAFETY: each chunk has a range of its own.
-        for_each(n_chunks, work.min(n_chunks * chunk_len), |chunk| {
-            pack(chunk, unsafe { pointer.range(chunk * chunk_len, chunk_len) })
-        });
-        all
+        // SAFETY: each chunk has a range of its own; of it, only the rows written here are read.
+        unsafe {
+            filled(n_chunks * chunk_len, |all| {
+                for_each(n_chunks, work.min(n_chunks * chunk_len), |chunk| {
+                    pack(chunk, all.range(chunk * chunk_len, chunk_len));
+                });
+            })
+        }
     } else {
         Vec::new()
     };
 
     let compute = |depth_part: usize, row_part: usize, sum: Shared<T>| {
-        let m_range = row_part * rows_per_part..((row_part + 1) * rows_per_part).min(m);
+        let m_range = (row_part * rows_per_part).min(m)..((row_part + 1) * rows_per_part).min(m);
+        if !add {
+            // SAFETY: the rows of this task, inside of the buffer.
+            unsafe { sum.range(m_range.start * n, m_range.len() * n) }.fill(T::ZERO);
+        }
         let mut own = vec![T::ZERO; if row_parts > 1 { 0 } else { chunk_len }];
         let mut copy = vec![T::ZERO; depth * WIDE];
         for chunk in depth_part * chunks_per_part..((depth_part + 1) * chunks_per_part).min(n_chunks) {
@@ -511,30 +519,28 @@ pub(crate) unsafe fn weight_gradient<T: Real>(
     };
 
     if depth_parts == 1 {
-        let mut sum = sum.unwrap_or_else(|| vec![T::ZERO; m * n]);
-        let pointer = super::shared(&mut sum);
-        for_each(row_parts, work, |row_part| compute(0, row_part, pointer));
-        return sum;
+        for_each(row_parts, work, |row_part| compute(0, row_part, out));
+        return;
     }
-    if row_parts == 1 {
-        return ordered_sum(depth_parts, m * n, work, |part, sum| compute(part, 0, super::shared(sum)));
-    }
-    let mut parts = vec![T::ZERO; depth_parts * m * n];
-    let pointer = super::shared(&mut parts);
-    for_each(depth_parts * row_parts, work, |task| {
-        let (part, row_part) = (task / row_parts, task % row_parts);
-        // SAFETY: inside the buffer; tasks of one part write different rows.
-        let sum = unsafe { pointer.range(part * m * n, m * n) };
-        compute(part, row_part, super::shared(sum));
-    });
-    let (sum, rest) = parts.split_at_mut(m * n);
-    for part in rest.chunks_exact(m * n) {
-        for (s, &p) in sum.iter_mut().zip(part) {
-            *s += p;
+    // SAFETY: the tasks together write every part; tasks of one part write different rows.
+    let parts = unsafe {
+        filled(depth_parts * m * n, |parts| {
+            for_each(depth_parts * row_parts, work, |task| {
+                let (part, row_part) = (task / row_parts, task % row_parts);
+                compute(part, row_part, parts.from(part * m * n));
+            });
+        })
+    };
+    super::for_chunks(m * n, super::CHUNK, depth_parts * m * n, |start, end| {
+        // SAFETY: each task has elements of its own.
+        let sum = unsafe { out.range(start, end - start) };
+        sum.copy_from_slice(&parts[start..end]);
+        for part in parts.chunks_exact(m * n).skip(1) {
+            for (s, &p) in sum.iter_mut().zip(&part[start..end]) {
+                *s += p;
+            }
         }
-    }
-    parts.truncate(m * n);
-    parts
+    });
 }
 
 /// `M` rows of a gradient, `P` panels: `to[i] += Σ_p a[i][p · step] · b[p]`.

@@ -116,6 +116,15 @@ impl<T> Shared<T> {
         self.0
     }
 
+    /// The buffer from an element on.
+    ///
+    /// # Safety
+    /// The element must lie inside the buffer.
+    pub(crate) unsafe fn from(self, start: usize) -> Self {
+        // SAFETY: the caller's contract.
+        Shared(unsafe { self.0.add(start) })
+    }
+
     /// # Safety
     /// The range must lie inside the buffer and overlap no range another task uses at the same time.
     pub(crate) unsafe fn range<'a>(self, start: usize, len: usize) -> &'a mut [T] {

@@ -9,18 +9,7 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resu
     let mut dims = x.dims().to_vec();
     *dims.last_mut().expect("rank checked") = c_out;
     let rows = dims[..dims.len() - 1].iter().product();
-    let geometry = Geometry {
-        batch: 1,
-        t_in: rows,
-        c_in,
-        t_out: rows,
-        c_out,
-        kernel: 1,
-        stride: 1,
-        padding: 0,
-        dilation: 1,
-        groups: 1,
-    };
+    let geometry = Geometry::linear(rows, c_in, c_out);
     let op = Correlation { name: "linear", geometry, adjoint: false, shape: Shape::from(dims) };
     op.apply(x, weight, bias)
 }

@@ -9,7 +9,8 @@ pub(crate) fn swiglu(x: &Tensor) -> Result<Tensor> {
 
 struct SwiGlu;
 
-fn forward<T: Real>(x: &[T], c: usize) -> Vec<T> {
+/// `[rows, 2 c]` to `[rows, c]`.
+pub(crate) fn forward<T: Real>(x: &[T], c: usize) -> Vec<T> {
     let rows = x.len() / (2 * c);
     let block = rows_per_task(c);
     // SAFETY: the blocks cover the rows.
@@ -28,7 +29,8 @@ fn forward<T: Real>(x: &[T], c: usize) -> Vec<T> {
     }
 }
 
-fn backward<T: Real>(x: &[T], g: &[T], c: usize) -> Vec<T> {
+/// The gradient of [`forward`] in `x`, given that of its result.
+pub(crate) fn backward<T: Real>(x: &[T], g: &[T], c: usize) -> Vec<T> {
     let rows = x.len() / (2 * c);
     let block = rows_per_task(c);
     // SAFETY: the blocks cover the rows.

@@ -1,6 +1,6 @@
 //! The gate of a SwiGLU feed-forward layer.
 
-mod cpu;
+pub(crate) mod cpu;
 pub(crate) mod plain;
 
 use candle_core::{Result, Tensor};
