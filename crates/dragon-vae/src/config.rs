@@ -12,12 +12,27 @@ pub enum Output {
     Linear,
 }
 
+/// Whose autoencoder this is, down to the details that widths and strides do not tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Design {
+    /// DAC's layers (and ours): snake activations with one parameter; the encoder gives the latents' mean and log-variance.
+    #[default]
+    Dac,
+    /// Stable Audio's, "Oobleck": snake activations with two parameters, no bias in the decoder's last convolution; the
+    /// encoder gives the latents' mean and deviation, the latter through `softplus(x) + 1e-4`.
+    Oobleck,
+}
+
 /// Hyperparameters of [`crate::AudioVae`], and the statistics of its latents once it is trained.
 ///
 /// Stages are counted from the audio rate down: stage 0 works at the sample rate. The decoder mirrors the encoder.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
+    /// Details of the layers; a file without this key means DAC's.
+    #[serde(default)]
+    pub design: Design,
     /// Samples per second and channel of the audio that the model takes and gives.
     pub sample_rate_hz: u32,
     /// Channels of the audio: 1 is mono.
@@ -54,6 +69,7 @@ impl Config {
     /// 1536 halving in the decoder), and the split of 768 into strides is ours.
     pub fn presto() -> Self {
         Self {
+            design: Design::Dac,
             sample_rate_hz: 44_100,
             audio_channels: 1,
             latent_dim: 32,
@@ -73,6 +89,7 @@ impl Config {
     /// holds its own config.
     pub fn tiny_music() -> Self {
         Self {
+            design: Design::Dac,
             sample_rate_hz: 16_000,
             audio_channels: 1,
             latent_dim: 32,
@@ -89,9 +106,31 @@ impl Config {
         }
     }
 
+    /// The autoencoder of Stable Audio Open 1.0: 44.1 kHz stereo, hop 2048 samples (21.5 latent frames per second), 64
+    /// channels, 156 M parameters (Evans et al. 2024, arXiv:2407.14358; `model_config.json` of the model).
+    pub fn stable_audio_open() -> Self {
+        let channels = vec![128, 128, 256, 512, 1024, 2048];
+        Self {
+            design: Design::Oobleck,
+            sample_rate_hz: 44_100,
+            audio_channels: 2,
+            latent_dim: 64,
+            frames_per_latent: 1,
+            strides: vec![2, 4, 4, 8, 8],
+            encoder_channels: channels.clone(),
+            decoder_channels: channels,
+            encoder_units: vec![3; 5],
+            decoder_units: vec![3; 5],
+            output: Output::Linear,
+            latent_mean: Vec::new(),
+            latent_std: Vec::new(),
+        }
+    }
+
     /// The smallest valid model, for tests: hop 8, 4 latent channels.
     pub fn tiny() -> Self {
         Self {
+            design: Design::Dac,
             sample_rate_hz: 1_000,
             audio_channels: 1,
             latent_dim: 4,

@@ -1,11 +1,12 @@
 //! Audio VAE: waveform to latents and back, with its training losses (paper Appendix E).
 //!
 //! In reading order: [`config`] the hyperparameters and presets, [`model`] encoder and decoder, [`vae`] the bottleneck, the
-//! whole model and its folder; then what training needs: [`stft`] the transform with a gradient, [`losses`],
+//! whole model and its folder, [`published`] what Stable Audio calls its parts; then what training needs: [`stft`] the transform with a gradient, [`losses`],
 //! [`discriminator`], and [`training`], one optimiser step.
 
 pub mod config;
 pub mod model;
+pub mod published;
 pub mod vae;
 
 pub mod discriminator;
@@ -13,5 +14,5 @@ pub mod losses;
 pub mod stft;
 pub mod training;
 
-pub use config::{Config, Output};
+pub use config::{Config, Design, Output};
 pub use vae::{AudioVae, Error, Posterior};

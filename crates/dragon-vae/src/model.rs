@@ -2,11 +2,15 @@
 //! Reference: descript-audio-codec 1.0.0 (MIT), `dac/model/dac.py`, `Encoder` and `Decoder`; the path in code is the path
 //! in its checkpoints (`encoder.block.1.block.0.block.1.weight_g`).
 //!
+//! [`Design::Oobleck`] is the same network with Stable Audio's details (stable-audio-tools 0.0.19 (MIT),
+//! `models/autoencoders.py`, `OobleckEncoder` and `OobleckDecoder`); where its tensors are called otherwise,
+//! [`crate::published`] says how.
+//!
 //! Differences from the reference: the encoder ends in mean and log-variance of the latents, 2 × `latent_dim` channels;
 //! widths and the number of residual units may differ between stages; frames may be folded into channels
 //! ([`Config::frames_per_latent`]); the residual vector quantiser is left out.
 //! With an odd stride the decoder gives `T * stride` samples (`output_padding` 1), where the reference gives one less.
-//! Golden test: `encoder_and_decoder_match_the_reference` in `tests/golden.rs`.
+//! Golden tests: `encoder_and_decoder_match_the_reference` and `oobleck_matches_its_references` in `tests/golden.rs`.
 //!
 //! Inside, activations are channels-last, `[B, T, C]`; audio and latents are `[B, C, T]`.
 
@@ -14,7 +18,7 @@ use candle_core::{Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use dragon_nn::{Conv1d, Conv1dSpec, ConvTranspose1d, ConvTranspose1dSpec, Snake};
 
-use crate::config::{Config, Output};
+use crate::config::{Config, Design, Output};
 
 /// Waveform to the parameters of the latents' distribution.
 #[derive(Debug, Clone)]
@@ -44,6 +48,7 @@ impl Encoder {
                 to: widths[stage + 1],
                 stride,
                 residual_units: cfg.encoder_units[stage],
+                design: cfg.design,
             };
             blocks.push(EncoderBlock::new(shape, vb.pp(stage + 1))?);
         }
@@ -52,7 +57,7 @@ impl Encoder {
         Ok(Self {
             conv_in,
             blocks,
-            snake_out: Snake::new(width, vb.pp(last))?,
+            snake_out: snake(cfg.design, width, vb.pp(last))?,
             conv_out: Conv1d::weight_norm(width, 2 * cfg.inner_dim(), 3, same(3, 1), vb.pp(last + 1))?,
             audio_channels: cfg.audio_channels,
             frames_per_latent: cfg.frames_per_latent,
@@ -121,14 +126,19 @@ impl Decoder {
                 to: widths[stage],
                 stride: cfg.strides[stage],
                 residual_units: cfg.decoder_units[stage],
+                design: cfg.design,
             };
             blocks.push(DecoderBlock::new(shape, vb.pp(n - stage))?);
         }
+        let conv_out = match cfg.design {
+            Design::Dac => Conv1d::weight_norm,
+            Design::Oobleck => Conv1d::weight_norm_no_bias,
+        };
         Ok(Self {
             conv_in,
             blocks,
-            snake_out: Snake::new(widths[0], vb.pp(n + 1))?,
-            conv_out: Conv1d::weight_norm(widths[0], cfg.audio_channels, 7, same(7, 1), vb.pp(n + 2))?,
+            snake_out: snake(cfg.design, widths[0], vb.pp(n + 1))?,
+            conv_out: conv_out(widths[0], cfg.audio_channels, 7, same(7, 1), vb.pp(n + 2))?,
             output: cfg.output,
             latent_dim: cfg.latent_dim,
             frames_per_latent: cfg.frames_per_latent,
@@ -194,6 +204,7 @@ struct BlockShape {
     to: usize,
     stride: usize,
     residual_units: usize,
+    design: Design,
 }
 
 #[derive(Debug, Clone)]
@@ -207,11 +218,12 @@ impl EncoderBlock {
     fn new(shape: BlockShape, vb: VarBuilder) -> Result<Self> {
         let vb = vb.pp("block");
         let n = shape.residual_units;
-        let units: Result<_> = (0..n).map(|i| ResidualUnit::new(shape.from, dilation(i), vb.pp(i))).collect();
+        let units: Result<_> =
+            (0..n).map(|i| ResidualUnit::new(&shape, shape.from, dilation(i), vb.pp(i))).collect();
         let spec = Conv1dSpec { stride: shape.stride, padding: shape.stride.div_ceil(2), ..same(1, 1) };
         Ok(Self {
             units: units?,
-            snake: Snake::new(shape.from, vb.pp(n))?,
+            snake: snake(shape.design, shape.from, vb.pp(n))?,
             down: Conv1d::weight_norm(shape.from, shape.to, 2 * shape.stride, spec, vb.pp(n + 1))?,
         })
     }
@@ -243,10 +255,10 @@ impl DecoderBlock {
             groups: 1,
         };
         let units: Result<_> = (0..shape.residual_units)
-            .map(|i| ResidualUnit::new(shape.to, dilation(i), vb.pp(i + 2)))
+            .map(|i| ResidualUnit::new(&shape, shape.to, dilation(i), vb.pp(i + 2)))
             .collect();
         Ok(Self {
-            snake: Snake::new(shape.from, vb.pp(0))?,
+            snake: snake(shape.design, shape.from, vb.pp(0))?,
             up: ConvTranspose1d::weight_norm(shape.from, shape.to, 2 * shape.stride, spec, vb.pp(1))?,
             units: units?,
         })
@@ -271,12 +283,12 @@ struct ResidualUnit {
 }
 
 impl ResidualUnit {
-    fn new(channels: usize, dilation: usize, vb: VarBuilder) -> Result<Self> {
+    fn new(shape: &BlockShape, channels: usize, dilation: usize, vb: VarBuilder) -> Result<Self> {
         let vb = vb.pp("block");
         Ok(Self {
-            snake1: Snake::new(channels, vb.pp(0))?,
+            snake1: snake(shape.design, channels, vb.pp(0))?,
             conv1: Conv1d::weight_norm(channels, channels, 7, same(7, dilation), vb.pp(1))?,
-            snake2: Snake::new(channels, vb.pp(2))?,
+            snake2: snake(shape.design, channels, vb.pp(2))?,
             conv2: Conv1d::weight_norm(channels, channels, 1, same(1, 1), vb.pp(3))?,
         })
     }
@@ -284,6 +296,13 @@ impl ResidualUnit {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let h = x.apply(&self.snake1)?.apply(&self.conv1)?; // [B, T, C]
         x + h.apply(&self.snake2)?.apply(&self.conv2)?
+    }
+}
+
+fn snake(design: Design, channels: usize, vb: VarBuilder) -> Result<Snake> {
+    match design {
+        Design::Dac => Snake::new(channels, vb),
+        Design::Oobleck => Snake::beta(channels, vb),
     }
 }
 

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use dragon_nn::{LoadError, Params};
 
-use crate::config::Config;
+use crate::config::{Config, Design};
 use crate::model::{Decoder, Encoder};
 
 /// Bounds of the log-variance: e^-30 to e^20, far outside what training reaches, so that `exp` stays finite in f32
@@ -36,6 +36,19 @@ impl Posterior {
         let mean = parameters.narrow(1, 0, channels / 2)?;
         let log_var = parameters.narrow(1, channels / 2, channels / 2)?;
         Ok(Self { mean, log_var: log_var.clamp(LOG_VAR_BOUNDS.0, LOG_VAR_BOUNDS.1)? })
+    }
+
+    /// Splits the output `[B, 2C, T]` of an encoder that gives mean and deviation ([`Design::Oobleck`]): the deviation is
+    /// `softplus(x) + 1e-4`.
+    ///
+    /// # Errors
+    /// If the number of channels is odd.
+    pub fn of_deviation(parameters: &Tensor) -> Result<Self> {
+        let Posterior { mean, .. } = Self::new(parameters)?;
+        let x = parameters.narrow(1, mean.dim(1)?, mean.dim(1)?)?;
+        // softplus(x) = max(x, 0) + ln(1 + exp(-|x|)), which overflows nowhere
+        let softplus = (x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?)?;
+        Ok(Self { mean, log_var: ((softplus + 1e-4)?.log()? * 2.0)? })
     }
 
     /// `mean + exp(log_var / 2) * noise`, with `noise` standard normal of the latents' shape.
@@ -121,7 +134,11 @@ impl AudioVae {
     /// # Errors
     /// If the channels differ or the length is not a positive multiple of the hop.
     pub fn encode(&self, audio: &Tensor) -> Result<Posterior> {
-        Posterior::new(&self.encoder.forward(audio)?)
+        let parameters = self.encoder.forward(audio)?;
+        match self.cfg.design {
+            Design::Dac => Posterior::new(&parameters),
+            Design::Oobleck => Posterior::of_deviation(&parameters),
+        }
     }
 
     /// Decodes latents as [`AudioVae::encode`] gives them, not normalised.

@@ -8,6 +8,7 @@ use candle_nn::VarBuilder;
 use dragon_testkit::{Tol, assert_close};
 use dragon_vae::discriminator::{self, Discriminator};
 use dragon_vae::losses::{Floor, MelLoss};
+use dragon_vae::published::Layout;
 use dragon_vae::stft::Stft;
 use dragon_vae::{AudioVae, Config};
 
@@ -32,6 +33,39 @@ fn encoder_and_decoder_match_the_reference() {
     let got = Tensor::cat(&[posterior.mean, posterior.log_var], 1).unwrap();
     assert_close(&got, &case["posterior"], MODEL);
     assert_close(&vae.decode(&case["latents"]).unwrap(), &case["decoded"], MODEL);
+}
+
+#[test]
+fn oobleck_matches_its_references() {
+    let path =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/dragon-vae/oobleck/case.safetensors");
+    let case = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+    let cfg = Config {
+        latent_dim: 4,
+        strides: vec![2, 4],
+        encoder_channels: vec![8, 8, 16],
+        decoder_channels: vec![8, 8, 16],
+        encoder_units: vec![3, 3],
+        decoder_units: vec![3, 3],
+        ..Config::stable_audio_open()
+    };
+    for (prefix, layout) in
+        [("stable_audio_tools", Layout::StableAudioTools), ("diffusers", Layout::Diffusers)]
+    {
+        // diffusers stores the snakes' parameters as [1, C, 1]
+        let flat = |name: &str, t: &Tensor| match name.ends_with("alpha") || name.ends_with("beta") {
+            true => t.flatten_all().unwrap(),
+            false => t.clone(),
+        };
+        let tensors = case.iter().map(|(k, v)| (k.clone(), flat(k, v))).collect();
+        let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu)
+            .rename_f(move |name| format!("{prefix}.{}", layout.name(name)));
+        let vae = AudioVae::new(&cfg, vb).unwrap();
+        let posterior = vae.encode(&case["audio"]).unwrap();
+        assert_close(&posterior.mean, &case["mean"], MODEL);
+        assert_close(&(posterior.log_var * 0.5).unwrap().exp().unwrap(), &case["std"], MODEL);
+        assert_close(&vae.decode(&case["latents"]).unwrap(), &case["decoded"], MODEL);
+    }
 }
 
 #[test]

@@ -1,26 +1,26 @@
-//! [`super::snake`] on the CPU, forward and backward.
+//! [`super::snake_beta`] on the CPU, forward and backward.
 
 use crate::backward::hand_over;
 use crate::kernels::{
     Real, by_dtype, dtype, filled, for_each, ordered_sum, rows_per_task, slice, tensor, view,
 };
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
-pub(crate) fn snake(x: &Tensor, alpha: &Tensor) -> Result<Tensor> {
-    x.contiguous()?.apply_op2(&alpha.contiguous()?, Snake)
+pub(crate) fn snake(x: &Tensor, alpha: &Tensor, beta: &Tensor) -> Result<Tensor> {
+    x.contiguous()?.apply_op3(&alpha.contiguous()?, &beta.contiguous()?, Snake)
 }
 
 struct Snake;
 
-fn inverse<T: Real>(alpha: &[T]) -> Vec<T> {
-    alpha.iter().map(|&a| T::ONE / (a + T::of(super::EPS))).collect()
+fn inverse<T: Real>(beta: &[T]) -> Vec<T> {
+    beta.iter().map(|&b| T::ONE / (b + T::of(super::EPS))).collect()
 }
 
-fn forward<T: Real>(x: &[T], alpha: &[T]) -> Vec<T> {
+fn forward<T: Real>(x: &[T], alpha: &[T], beta: &[T]) -> Vec<T> {
     let c = alpha.len();
     let rows = x.len() / c;
     let block = rows_per_task(c);
-    let inverse = inverse(alpha);
+    let inverse = inverse(beta);
     // SAFETY: the blocks cover the rows.
     unsafe {
         filled(x.len(), |out| {
@@ -38,36 +38,40 @@ fn forward<T: Real>(x: &[T], alpha: &[T]) -> Vec<T> {
     }
 }
 
-/// Gradients with respect to `x` and `alpha`, in one pass.
-fn backward<T: Real>(x: &[T], alpha: &[T], g: &[T]) -> (Vec<T>, Vec<T>) {
+/// Gradients with respect to `x`, `alpha` and `beta`, in one pass.
+fn backward<T: Real>(x: &[T], alpha: &[T], beta: &[T], g: &[T]) -> [Vec<T>; 3] {
     let c = alpha.len();
     let rows = x.len() / c;
     let block = rows.div_ceil(64).max(rows_per_task(c).min(256));
-    let inverse = inverse(alpha);
+    let inverse = inverse(beta);
     let two = T::of(2.0);
-    let mut d_alpha = Vec::new();
+    let mut sums = Vec::new();
     // SAFETY: the blocks cover the rows.
     let dx = unsafe {
         filled(x.len(), |out| {
-            d_alpha = ordered_sum(rows.div_ceil(block), c, x.len() * 16, |task, sum| {
+            sums = ordered_sum(rows.div_ceil(block), 2 * c, x.len() * 16, |task, sums| {
+                let (d_alpha, d_beta) = sums.split_at_mut(c);
                 for r in task * block..((task + 1) * block).min(rows) {
                     let (x, g, dx) = (&x[r * c..(r + 1) * c], &g[r * c..(r + 1) * c], out.range(r * c, c));
-                    let (alpha, inverse, sum) = (&alpha[..c], &inverse[..c], &mut sum[..c]);
+                    let (alpha, inverse) = (&alpha[..c], &inverse[..c]);
+                    let (d_alpha, d_beta) = (&mut d_alpha[..c], &mut d_beta[..c]);
                     for i in 0..c {
                         let (s, co) = (alpha[i] * x[i]).sin_cos_();
-                        let slope = two * s * co * inverse[i]; // d/d(alpha x) of sin²/(alpha + eps)
+                        let slope = two * s * co * inverse[i]; // d/d(alpha x) of sin²/(beta + eps)
                         dx[i] = g[i] * slope.fma(alpha[i], T::ONE);
                         let scaled = s * inverse[i];
-                        sum[i] += g[i] * (slope * x[i] - scaled * scaled);
+                        d_alpha[i] += g[i] * (slope * x[i]);
+                        d_beta[i] += -(g[i] * (scaled * scaled));
                     }
                 }
             });
         })
     };
-    (dx, d_alpha)
+    let d_beta = sums.split_off(c);
+    [dx, sums, d_beta]
 }
 
-impl CustomOp2 for Snake {
+impl CustomOp3 for Snake {
     fn name(&self) -> &'static str {
         "snake"
     }
@@ -78,9 +82,11 @@ impl CustomOp2 for Snake {
         xl: &Layout,
         a: &CpuStorage,
         al: &Layout,
+        b: &CpuStorage,
+        bl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         by_dtype!(dtype(x), T => {
-            Ok((T::storage(forward(slice::<T>(x, xl)?, slice(a, al)?)), xl.shape().clone()))
+            Ok((T::storage(forward(slice::<T>(x, xl)?, slice(a, al)?, slice(b, bl)?)), xl.shape().clone()))
         })
     }
 
@@ -88,14 +94,19 @@ impl CustomOp2 for Snake {
         &self,
         x: &Tensor,
         alpha: &Tensor,
+        beta: &Tensor,
         _: &Tensor,
         grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
         by_dtype!(x.dtype(), T => {
-            let (dx, d_alpha) = backward(&view::<T>(x)?, &view::<T>(alpha)?, &view::<T>(&grad)?);
-            let d_alpha = if alpha.track_op() { hand_over(alpha, tensor(d_alpha, alpha.shape())?)? } else { None };
-            Ok((Some(tensor(dx, x.shape())?), d_alpha))
+            let [dx, d_alpha, d_beta] =
+                backward(&view::<T>(x)?, &view::<T>(alpha)?, &view::<T>(beta)?, &view::<T>(&grad)?);
+            let wanted = |param: &Tensor, data: Vec<T>| match param.track_op() {
+                true => hand_over(param, tensor(data, param.shape())?),
+                false => Ok(None),
+            };
+            Ok((Some(tensor(dx, x.shape())?), wanted(alpha, d_alpha)?, wanted(beta, d_beta)?))
         })
     }
 }
