@@ -56,7 +56,7 @@ pub use rms_norm::rms_norm;
 pub use rng::Rng;
 pub use rotary::Rotary;
 pub use snake::{snake, snake_beta};
-pub use swiglu::swiglu;
+pub use swiglu::{swiglu, swiglu_value_first};
 pub use swiglu_feed_forward::swiglu_feed_forward;
 
 use candle_core::{Result, Tensor};

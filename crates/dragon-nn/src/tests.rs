@@ -1,6 +1,7 @@
 //! What every operation must satisfy: the fast form equals the plain one, its gradients equal finite differences,
 //! and its results do not depend on the number of threads.
 
+use crate::swiglu::Halves;
 use crate::*;
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use dragon_testkit::{Golden, Tol, assert_close, gradient_check};
@@ -229,7 +230,8 @@ fn element_wise_operations_are_right() {
         let mut double = shape.to_vec();
         *double.last_mut().unwrap() *= 2;
         let x = [noise("gates", &double)];
-        check(&x, |t| swiglu(&t[0]), |t| swiglu::plain::swiglu(&t[0]));
+        check(&x, |t| swiglu(&t[0]), |t| swiglu::plain::swiglu(&t[0], Halves::GateFirst));
+        check(&x, |t| swiglu_value_first(&t[0]), |t| swiglu::plain::swiglu(&t[0], Halves::ValueFirst));
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::backward::hand_over;
 use crate::kernels::conv::{Geometry, correlate, correlate_adjoint, correlate_weight_gradient};
 use crate::kernels::{Real, by_dtype, dtype, slice, tensor, view};
+use crate::swiglu::Halves::GateFirst;
 use crate::swiglu::cpu::{backward as swiglu_backward, forward as swiglu};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use std::sync::OnceLock;
@@ -46,13 +47,13 @@ impl FeedForward {
         );
         let n_gated = self.second.c_in;
         let d_out = if w_out.track_op() {
-            let gated = swiglu(&hidden, n_gated);
+            let gated = swiglu(&hidden, n_gated, GateFirst);
             hand_over(w_out, tensor(correlate_weight_gradient(&gated, &g, &self.second), w_out.shape())?)?
         } else {
             None
         };
         let d_gated = correlate_adjoint(&g, &view::<T>(w_out)?, None, &self.second);
-        let d_hidden = swiglu_backward(&hidden, &d_gated, n_gated);
+        let d_hidden = swiglu_backward(&hidden, &d_gated, n_gated, GateFirst);
         let d_in = if w_in.track_op() {
             hand_over(
                 w_in,
@@ -88,7 +89,7 @@ impl CustomOp3 for FeedForward {
     ) -> Result<(CpuStorage, Shape)> {
         by_dtype!(dtype(x), T => {
             let hidden = correlate(slice::<T>(x, xl)?, slice(w_in, w_in_layout)?, None, &self.first);
-            let gated = swiglu(&hidden, self.second.c_in);
+            let gated = swiglu(&hidden, self.second.c_in, GateFirst);
             let y = correlate(&gated, slice(w_out, w_out_layout)?, None, &self.second);
             // An operation runs forward once.
             let _ = self.hidden.set(tensor(hidden, (self.first.t_out, self.first.c_out))?);
