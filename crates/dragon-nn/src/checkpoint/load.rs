@@ -18,9 +18,12 @@ pub struct Loader {
     shared: Arc<Shared>,
 }
 
+/// The file's names of a tensor of the model.
+type Names = dyn Fn(&str) -> Vec<String> + Send + Sync;
+
 struct Shared {
     checkpoint: Checkpoint,
-    names: Box<dyn Fn(&str) -> Vec<String> + Send + Sync>,
+    names: Box<Names>,
     state: Mutex<State>,
 }
 
