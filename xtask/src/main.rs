@@ -18,6 +18,8 @@ Checks and measurements:
   bench --peers        our layers and PyTorch's, timed in turn (makes a Python environment)
   bench --peers metrics
                        our metrics and fadtk's, kadtk's and vendi-score's, the same way
+  parity clap|t5       our models and their reference implementations at the published sizes, with seeded random
+                       weights in the published layouts: errors per stage (makes a Python environment; --only NAME)
   fixtures [--check]   list the fixtures with size and hash; --check compares with fixtures/MANIFEST.tsv,
                        --write renews it
 
@@ -47,6 +49,7 @@ fn run() -> Result<ExitCode> {
         Some("test") => test(&root)?,
         Some("fixtures") => fixtures::run(&root, &args[1..])?,
         Some("bench") if args.iter().any(|a| a == "--peers") => peers(&root, &args[1..])?,
+        Some("parity") => parity(&root, &args[1..])?,
         Some(_) => return dragon(&root, &args),
     }
     Ok(ExitCode::SUCCESS)
@@ -179,6 +182,23 @@ fn peers(root: &Path, args: &[String]) -> Result<()> {
     step("build", cargo(root).args(["build", "--release", "--example", example]).args(packages))?;
     let rest: Vec<&String> = args.iter().filter(|a| !["--peers", "metrics"].contains(&a.as_str())).collect();
     step("peers", Command::new("python3").arg(root.join(script)).args(rest).current_dir(root))
+}
+
+/// Compares a model with its reference implementation: builds our side, then leaves the rest to the script.
+fn parity(root: &Path, args: &[String]) -> Result<()> {
+    let Some(model) = args.first().filter(|model| ["clap", "t5"].contains(&model.as_str())) else {
+        bail!("`parity` takes clap or t5\nhint: cargo xtask parity clap --only music");
+    };
+    let example = format!("parity_{model}");
+    let build = ["build", "--release", "--workspace", "--example", &example];
+    step("build", cargo(root).args(build))?;
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    let binary = target.join("release").join("examples").join(&example);
+    let script = root.join("xtask/parity/parity.py");
+    step(
+        "parity",
+        Command::new("python3").arg(script).args(args).arg("--binary").arg(binary).current_dir(root),
+    )
 }
 
 #[cfg(test)]

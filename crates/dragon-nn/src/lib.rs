@@ -7,6 +7,7 @@
 //!   [`Embedding`], [`Snake`].
 //! - [`Params`]: named variables with seeded initialisation; [`AdamW`] changes them, [`Ema`] averages them,
 //!   [`write_safetensors`] keeps them.
+//! - [`Checkpoint`]: weights that others have published, memory-mapped; [`Loader`] builds a model on them.
 //! - [`backward()`]: candle's backward pass without its detours for parameters.
 //! - [`Rng`]: noise that is the same on every machine.
 //!
@@ -43,7 +44,7 @@ pub use ada_layer_norm::ada_layer_norm;
 pub use adamw::{AdamW, AdamWConfig};
 pub use attention::attention;
 pub use backward::backward;
-pub use checkpoint::{write_atomically, write_safetensors};
+pub use checkpoint::{Checkpoint, Loader, write_atomically, write_safetensors};
 pub use conv_transpose1d::{ConvTranspose1dSpec, conv_transpose1d};
 pub use conv1d::{Conv1dSpec, conv1d};
 pub use ema::Ema;

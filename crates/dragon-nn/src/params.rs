@@ -55,21 +55,38 @@ pub enum LoadError {
     },
 }
 
+/// Lines of one kind in a message: more say nothing new.
+const MAX_LINES: usize = 20;
+
 fn mismatch_message(
     path: &Path,
     missing: &[String],
     unused: &[String],
     misshapen: &[(String, Vec<usize>, Vec<usize>)],
 ) -> String {
-    let mut out = format!("checkpoint `{}` does not fit this config", path.display());
-    for name in missing {
-        let _ = write!(out, "\n  tensor `{name}`: missing");
-    }
-    for name in unused {
-        let _ = write!(out, "\n  tensor `{name}`: not used by the model");
-    }
-    for (name, want, got) in misshapen {
-        let _ = write!(out, "\n  tensor `{name}`: expected {want:?}, found {got:?}");
+    let mut out = format!(
+        "checkpoint `{}` does not fit this config (tensors missing {}, not used {}, of another shape {})",
+        path.display(),
+        missing.len(),
+        unused.len(),
+        misshapen.len()
+    );
+    let mut list = |lines: Vec<String>| {
+        for line in lines.iter().take(MAX_LINES) {
+            let _ = write!(out, "\n  tensor {line}");
+        }
+        if let Some(more) = lines.len().checked_sub(MAX_LINES + 1) {
+            let _ = write!(out, "\n  and {} more", more + 1);
+        }
+    };
+    list(missing.iter().map(|name| format!("`{name}`: missing")).collect());
+    list(unused.iter().map(|name| format!("`{name}`: not used by the model")).collect());
+    let shapes = |(name, want, got): &(String, Vec<usize>, Vec<usize>)| {
+        format!("`{name}`: expected {want:?}, found {got:?}")
+    };
+    list(misshapen.iter().map(shapes).collect());
+    if missing.len() > MAX_LINES && unused.len() > MAX_LINES {
+        out += "\nhint: is it a checkpoint of another model?";
     }
     out
 }

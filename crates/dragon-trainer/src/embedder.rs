@@ -19,6 +19,10 @@ use crate::embed;
 use crate::error::{Error, Result};
 use crate::run::RunContext;
 
+/// What failed, and what would do.
+pub(crate) const NO_CLAP: &str = "cannot load CLAP\nhint: name a folder with config.json, model.safetensors and \
+    tokenizer.json (ours or Hugging Face's), or LAION's .pt file";
+
 /// An encoder that rewards and metrics may name.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
@@ -30,7 +34,8 @@ pub enum EncoderConfig {
     },
     /// A CLAP, the only encoder with a text branch.
     Clap {
-        /// Folder with `config.json`, `model.safetensors` and `tokenizer.json`.
+        /// Folder with `config.json`, `model.safetensors` and `tokenizer.json`, ours or Hugging Face's; or LAION's `.pt`
+        /// file, with roberta-base's `tokenizer.json` beside it.
         dir: PathBuf,
     },
     /// The model folder's own VAE: each latent frame is an embedding. Goes with a setting of kind `vae`.
@@ -130,9 +135,7 @@ impl Encoder {
                 ))?))
             }
             EncoderConfig::Clap { dir } => Encoder::Clap(Box::new(
-                ClapEncoder::load(dir, device).map_err(Error::input(
-                    "cannot load CLAP\nhint: name a folder with config.json, model.safetensors and tokenizer.json of one training",
-                ))?,
+                ClapEncoder::load(dir, device).map_err(Error::input(NO_CLAP))?,
             )),
             EncoderConfig::Vae => Encoder::Vae,
         })

@@ -5,11 +5,12 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use dragon_encoders::clap;
 use dragon_rewards::{Exemplars, RewardConfig};
 use sha2::{Digest, Sha256};
 
 use crate::embed;
-use crate::embedder::{EmbedConfig, EncoderConfig};
+use crate::embedder::{EmbedConfig, EncoderConfig, NO_CLAP};
 use crate::error::{Error, Result};
 use crate::run::hex;
 
@@ -53,7 +54,7 @@ impl Inputs {
             match embed.encoders.get(&source.encoder) {
                 // The model folder's VAE; an unknown name is refused when the encoders are loaded.
                 Some(EncoderConfig::Vae) | None => {}
-                Some(encoder) => self.add(name, &encoder_files(encoder, Path::new("")))?,
+                Some(encoder) => self.add(name, &encoder_files(encoder, Path::new(""))?)?,
             }
         }
         for (_, exemplars) in reward.references() {
@@ -73,12 +74,15 @@ impl Inputs {
 }
 
 /// The files that an encoder is read from; `bundle` is the model folder, whose VAE is one.
-pub(crate) fn encoder_files(encoder: &EncoderConfig, bundle: &Path) -> Vec<PathBuf> {
-    match encoder {
+///
+/// # Errors
+/// If it is not told which files a CLAP is read from.
+pub(crate) fn encoder_files(encoder: &EncoderConfig, bundle: &Path) -> Result<Vec<PathBuf>> {
+    Ok(match encoder {
         EncoderConfig::Musicnn { weights } => vec![weights.clone()],
-        EncoderConfig::Clap { dir } => inside(dir, &TEXT_MODEL),
+        EncoderConfig::Clap { dir } => clap::files(dir).map_err(Error::input(NO_CLAP))?,
         EncoderConfig::Vae => inside(&bundle.join("vae"), &MODEL),
-    }
+    })
 }
 
 fn inside(dir: &Path, names: &[&str]) -> Vec<PathBuf> {

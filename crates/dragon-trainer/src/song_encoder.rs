@@ -67,7 +67,7 @@ impl SongEncoder {
                     EncoderConfig::Clap { .. } => "clap",
                     EncoderConfig::Vae => "vae",
                 };
-                let weights = inputs::sha256(&inputs::encoder_files(cfg, model))?;
+                let weights = inputs::sha256(&inputs::encoder_files(cfg, model)?)?;
                 let setting = serde_json::to_string(&setting).map_err(|err| Error::Bug(err.to_string()))?;
                 // The last bits differ from device to device.
                 let device = if device.is_cpu() { "cpu" } else { "gpu" };

@@ -16,9 +16,9 @@ use crate::settings;
 /// How songs are embedded.
 #[derive(clap::Args)]
 pub struct SongArgs {
-    /// `musicnn`, `clap` (the shipped one) or the folder of a CLAP, or `vae` (latent frames of a model folder); short
-    /// for --set encoder=…
-    #[arg(long, value_name = "NAME or DIR")]
+    /// `musicnn`, `clap` (the shipped one), `vae` (latent frames of a model folder), or a CLAP: its folder, ours or
+    /// Hugging Face's, or LAION's .pt file with tokenizer.json beside it; short for --set encoder=…
+    #[arg(long, value_name = "NAME or PATH")]
     encoder: Option<String>,
     /// How a song is cut into windows; short for --set setting=…
     #[arg(long, value_enum)]

@@ -5,13 +5,16 @@
 //! `audio_transform`, `text_transform` and `logit_scale_t` are not read: the embeddings do not pass through them.
 //! Golden tests: `audio_branch_matches_laion_clap`, `text_branch_matches_transformers`.
 //!
-//! The model and its loss are here; `encoder` is the model with its tokenizer and front end.
+//! The model and its loss are here; `encoder` is the model with its tokenizer and front end; `published` knows the
+//! layouts in which it lies on disk.
 
 mod encoder;
+mod published;
 #[cfg(test)]
 mod tests;
 
-pub use encoder::{ClapEncoder, Error};
+pub use encoder::{COLLAPSED_COSINE, ClapEncoder, Error};
+pub use published::files;
 
 use crate::htsat::{self, Htsat};
 use crate::layers::Dense;

@@ -1,0 +1,67 @@
+//! Our side of `cargo xtask parity clap`: every stage of a CLAP on clips and captions.
+//!
+//! Usage: parity_clap CHECKPOINT CLIPS CAPTIONS OUT
+//! CLIPS: f32 samples, little endian, one clip after the other; CAPTIONS: a caption a line; OUT: a safetensors file.
+
+use candle_core::{DType, Device, Tensor};
+use dragon_encoders::clap::ClapEncoder;
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [checkpoint, clips, captions, out] = arguments.as_slice() else {
+        return Err("expected CHECKPOINT CLIPS CAPTIONS OUT".into());
+    };
+    let device = Device::Cpu;
+    let start = Instant::now();
+    let encoder = ClapEncoder::load(checkpoint, &device)?;
+    println!("load_s {:.3}", start.elapsed().as_secs_f64());
+    println!("load_peak_mib {:.0}", peak_mib());
+    println!("weights_mib {:.0}", weights_mib(&encoder)?);
+
+    let config = encoder.model.config();
+    let bytes = std::fs::read(clips)?;
+    let samples: Vec<f32> =
+        bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("four bytes"))).collect();
+    let clips: Vec<&[f32]> = samples.chunks(config.audio.clip_samples).collect();
+    let log_mel = encoder.log_mel(&clips)?;
+    let start = Instant::now();
+    let embedding = encoder.model.audio_branch.forward(&log_mel)?;
+    println!("audio_s {:.3}", start.elapsed().as_secs_f64());
+    let rows = |rows: Vec<Vec<f32>>| Tensor::new(rows, &device);
+    let audio = rows(encoder.embed_clips(&clips)?)?;
+
+    let text = std::fs::read_to_string(captions)?;
+    let captions: Vec<&str> = text.lines().collect();
+    let tokens = encoder.tokens(&captions)?;
+    let states = encoder.model.text_branch.forward(&tokens.ids, &tokens.mask)?;
+    let pooled = encoder.model.text_branch.pool(&states)?;
+    let text = rows(encoder.embed_captions(&captions)?)?;
+    println!("text_cosine {:.4}", encoder.text_cosine()?);
+    println!("peak_mib {:.0}", peak_mib());
+
+    let tensors = [
+        ("log_mel", log_mel),
+        ("embedding", embedding),
+        ("audio_embedding", audio),
+        ("ids", tokens.ids.to_dtype(DType::I64)?),
+        ("pooled", pooled),
+        ("text_embedding", text),
+    ];
+    let tensors: BTreeMap<String, Tensor> =
+        tensors.into_iter().map(|(name, tensor)| (name.to_string(), tensor)).collect();
+    Ok(dragon_nn::write_safetensors(out, &tensors, &BTreeMap::new())?)
+}
+
+/// Peak of this process's resident memory; 0 where the system does not tell.
+fn peak_mib() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<f64>().ok()).unwrap_or(0.0) / 1024.0
+}
+
+fn weights_mib(encoder: &ClapEncoder) -> candle_core::Result<f64> {
+    let bytes: usize = encoder.weights().values().map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum();
+    Ok(bytes as f64 / f64::from(1 << 20))
+}

@@ -1,0 +1,11 @@
+//! Weights on disk: `write` makes safetensors files, `read` opens those of others (safetensors and PyTorch's, whose
+//! pickles `pickle` reads), and `load` builds models on them.
+
+mod load;
+mod pickle;
+mod read;
+mod write;
+
+pub use load::Loader;
+pub use read::Checkpoint;
+pub use write::{write_atomically, write_safetensors};

@@ -1,0 +1,193 @@
+#!/usr/bin/env python3
+"""Compares our models with their reference implementations at the published sizes, stage by stage.
+
+Usage: cargo xtask parity clap|t5 [--only SUBSTRING]
+
+The published weights are not needed: the reference is built with seeded random weights at the full published
+configuration and written in the layout of the published files; both sides read those and see the same audio and texts.
+Makes a virtual environment with PyTorch, transformers and laion-clap from PyPI under target/peers; the checkpoints
+(up to 3 GB) lie under target/parity until the next run.
+
+For each stage: the largest absolute error, the same relative to the largest value, the smallest cosine of a row with its
+counterpart, and `spread`, the largest cosine between the rows of two different inputs (1 would mean that the random
+weights tell nothing apart, and that equality proves nothing). A stage beyond its bar makes the exit status 1.
+"""
+
+import argparse
+import importlib.util
+import pathlib
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "xtask" / "bench"), str(ROOT / "fixtures" / "dragon-encoders" / "clap")]
+import peers  # noqa: E402
+
+# Each without what it requires: much of that is for training.
+PACKAGES = [
+    "laion-clap==1.1.7", "transformers==4.57.6", "tokenizers==0.22.1", "huggingface-hub==0.36.0", "safetensors==0.8.0",
+    "torchlibrosa==0.1.0", "librosa==0.11.0", "lazy-loader==0.6", "soundfile==0.14.0", "cffi==2.1.1", "pycparser==3.12",
+    "numba==0.68.1", "llvmlite==0.50.0", "scipy==1.17.1", "scikit-learn==1.9.1", "joblib==1.5.3", "threadpoolctl==3.6.0",
+    "decorator==5.3.1", "audioread==3.1.0", "soxr==1.1.0", "msgpack==1.2.4", "pooch==1.9.0", "platformdirs==4.14.8",
+    "packaging==26.4", "pyyaml==6.0.4", "regex==2026.11.19", "requests==2.34.2", "tqdm==4.70.1", "idna==3.20",
+    "charset-normalizer==3.5.3", "urllib3==2.8.0", "certifi==2026.10.19.post1",
+]  # fmt: skip
+# Bars in f32: relative error of the front end, then cosine and absolute error of embeddings.
+MEL, COSINE, ABSOLUTE = 1e-5, 0.999999, 1e-4
+WORK = ROOT / "target" / "parity"
+failed = []
+
+
+def compare(stage, ours, theirs, relative=None, absolute=None, cosine=None):
+    """Prints a line; remembers a bar that is not met."""
+    import torch.nn.functional as F
+
+    ours, theirs = ours.double(), theirs.double()
+    error = (ours - theirs).abs().max().item()
+    scaled = error / theirs.abs().max().item()
+    rows, other = theirs.flatten(1), ours.flatten(1)
+    least = F.cosine_similarity(rows, other).min().item()
+    unit = F.normalize(rows)
+    spread = (unit @ unit.T).fill_diagonal_(-1).max().item()
+    bars = [(relative, scaled), (absolute, error), (cosine and 1 - cosine, 1 - least)]
+    ok = all(bar is None or value <= bar for bar, value in bars)
+    print(f"  {stage:22} {error:10.2e} {scaled:10.2e} {1 - least:12.2e} {spread:8.4f}  {'ok' if ok else 'BEYOND ITS BAR'}")
+    if not ok:
+        failed.append(stage)
+
+
+def head(name):
+    print(f"{name}\n  {'stage':22} {'max error':>10} {'relative':>10} {'1 - cosine':>12} {'spread':>8}")
+
+
+def clips():
+    """Ten seconds each: the music among the fixtures (its samples taken as 48 kHz), noise, a sawtooth."""
+    import numpy as np
+    import soundfile
+
+    out = []
+    for path in sorted((ROOT / "fixtures" / "music").glob("*.ogg")):
+        samples = soundfile.read(path, dtype="float32")[0]
+        samples = samples.mean(axis=1) if samples.ndim > 1 else samples
+        out.append(np.resize(samples, 480_000))
+    random = np.random.default_rng(0)
+    out += [0.1 * random.standard_normal(480_000), np.arange(480_000) * 220 / 48_000 % 1 - 0.5]
+    return np.stack(out).astype("float32")
+
+
+def captions():
+    lines = (ROOT / "fixtures" / "tiny" / "captions.txt").read_text().splitlines()
+    long = " ".join(lines[:12])  # more than 77 tokens
+    return lines[:: len(lines) // 5] + ["a dog barks, then it rains", "Trombones & tubas: 1920's jazz!", "naïve 音楽", long]
+
+
+def roberta_tokenizer(folder, texts):
+    """A byte-level tokenizer in RoBERTa's files, trained on `texts`; the one of roberta-base is not needed to compare."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import RobertaTokenizer, RobertaTokenizerFast
+
+    made = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    made.train_from_iterator(texts, vocab_size=2000, special_tokens=special, show_progress=False)
+    made.save_model(str(folder))
+    files = dict(vocab_file=str(folder / "vocab.json"), merges_file=str(folder / "merges.txt"))
+    RobertaTokenizerFast(**files).backend_tokenizer.save(str(folder / "tokenizer.json"))
+    return RobertaTokenizer(**files)
+
+
+def ours(binary, folder, *arguments):
+    """Runs our side; gives its tensors and the facts that it printed."""
+    from safetensors.torch import load_file
+
+    out = folder / "ours.safetensors"
+    text = peers.output(binary, *map(str, arguments), str(out))
+    return load_file(out), dict(line.split() for line in text.splitlines())
+
+
+def clap(binary, only):
+    import torch
+    import torch.nn.functional as F
+    from reference import hugging_face_clap, laion_clap, laion_file, published_names, spread
+    from transformers import ClapFeatureExtractor
+
+    site = pathlib.Path(importlib.util.find_spec("laion_clap").origin).parents[1]
+    sounds, texts = clips(), captions()
+    for name in ["music_audioset_epoch_15_esc_90.14.pt", "630k-audioset-best.pt", "clap-htsat-unfused"]:
+        if only not in name:
+            continue
+        folder = WORK / name.removesuffix(".pt")
+        folder.mkdir(parents=True, exist_ok=True)
+        sounds.tofile(folder / "clips.f32")
+        (folder / "captions.txt").write_text("\n".join(texts) + "\n")
+        tokenizer = roberta_tokenizer(folder, texts * 3)
+        tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
+        inputs = dict(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        theirs = {"ids": tokens.input_ids}
+        start = time.perf_counter()
+        if name.endswith(".pt"):
+            model = spread(laion_clap(site, "base" if name.startswith("music") else "tiny"), seed=0)
+            path = folder / name
+            torch.save(laion_file(published_names(model)), path)
+            wave = torch.from_numpy(sounds)
+            with torch.no_grad():
+                branch = model.audio_branch
+                theirs["log_mel"] = branch.logmel_extractor(branch.spectrogram_extractor(wave))[:, 0]
+                start = time.perf_counter()
+                embedding = branch({"waveform": wave}, device="cpu")["embedding"]
+                theirs["embedding"] = embedding
+                audio_s = time.perf_counter() - start
+                theirs["audio_embedding"] = F.normalize(model.audio_projection(embedding), dim=-1)
+                theirs["pooled"] = model.text_branch(**inputs).pooler_output
+                theirs["text_embedding"] = F.normalize(model.text_projection(theirs["pooled"]), dim=-1)
+        else:
+            model = spread(hugging_face_clap(), seed=0)
+            path = folder
+            extractor = ClapFeatureExtractor(
+                frequency_min=50, frequency_max=14000, truncation="rand_trunc", padding="repeatpad"
+            )
+            model.save_pretrained(folder)
+            extractor.save_pretrained(folder)
+            features = extractor(list(sounds), sampling_rate=48000, return_tensors="pt")["input_features"]
+            with torch.no_grad():
+                theirs["log_mel"] = features[:, 0]
+                start = time.perf_counter()
+                theirs["embedding"] = model.audio_model(input_features=features).pooler_output
+                audio_s = time.perf_counter() - start
+                theirs["audio_embedding"] = F.normalize(model.audio_projection(theirs["embedding"]), dim=-1)
+                theirs["pooled"] = model.text_model(**inputs).pooler_output
+                theirs["text_embedding"] = F.normalize(model.text_projection(theirs["pooled"]), dim=-1)
+        del model
+        got, facts = ours(binary, folder, path, folder / "clips.f32", folder / "captions.txt")
+        head(name)
+        same = bool((got["ids"] == theirs["ids"]).all())
+        print(f"  {'token ids':22} {'equal' if same else 'DIFFERENT'}")
+        if not same:
+            failed.append("token ids")
+        compare("log-mel", got["log_mel"], theirs["log_mel"], relative=MEL)
+        compare("audio branch", got["embedding"], theirs["embedding"])
+        bars = dict(absolute=ABSOLUTE, cosine=COSINE)
+        compare("audio embedding", got["audio_embedding"], theirs["audio_embedding"], **bars)
+        compare("text branch, pooled", got["pooled"], theirs["pooled"])
+        compare("text embedding", got["text_embedding"], theirs["text_embedding"], **bars)
+        print(
+            f"  loaded in {facts['load_s']} s, then {facts['load_peak_mib']} MiB resident at most for"
+            f" {facts['weights_mib']} MiB of weights; audio branch, {len(sounds)} clips: {facts['audio_s']} s,"
+            f" PyTorch {audio_s:.3f} s; mean cosine of twenty unlike captions {facts['text_cosine']}"
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=["clap", "t5"])
+    parser.add_argument("--only", default="", help="the checkpoints whose name contains this")
+    parser.add_argument("--binary", required=True, help="our side, an example of dragon-encoders")
+    args = parser.parse_args()
+    peers.environment(__file__, *PACKAGES)
+    {"clap": clap}[args.model](args.binary, args.only)
+    if failed:
+        sys.exit(f"beyond their bars: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
