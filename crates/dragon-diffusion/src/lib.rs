@@ -6,7 +6,8 @@
 //! - [`solver`]: DPM-Solver++(2M) and (2S), Heun;
 //! - [`dit`]: the network;
 //! - [`model`]: network and preconditioning together;
-//! - [`sampler`]: from prompts' noise to latents.
+//! - [`sampler`]: from prompts' noise to latents;
+//! - [`stable_audio`]: the network of Stable Audio Open.
 
 pub mod dit;
 pub mod edm;
@@ -15,6 +16,7 @@ pub mod model;
 mod noise_features;
 pub mod sampler;
 pub mod solver;
+pub mod stable_audio;
 
 pub use dit::{Dit, TextCond};
 pub use edm::{Edm, Weighting, denoising_errors};

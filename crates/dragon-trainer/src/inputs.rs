@@ -140,9 +140,15 @@ mod tests {
             "clap/tokenizer.json",
             "texts.txt",
         ];
-        for file in files {
-            std::fs::write(dir.path().join(file), "1").unwrap();
-        }
+        let config = serde_json::to_string(&clap::Config::tiny()).unwrap();
+        let write = |file: &str, version: usize| {
+            let text = match file.ends_with("config.json") {
+                true => format!("{config}{}", " ".repeat(version)), // it is read, to tell whose layout the folder has
+                false => version.to_string(),
+            };
+            std::fs::write(dir.path().join(file), text).unwrap();
+        };
+        files.into_iter().for_each(|file| write(file, 1));
         let at = |name: &str| format!("'{}'", dir.path().join(name).display());
         let embed = toml::from_str(&format!(
             "[encoders.musicnn]\nkind='musicnn'\nweights={}\n[encoders.clap]\nkind='clap'\ndir={}\n[settings.ma]\nkind='ma'\nn_windows=8\nwhole=true",
@@ -171,11 +177,11 @@ mod tests {
             &texts,
         ];
         for (file, name) in files.into_iter().zip(names) {
-            std::fs::write(dir.path().join(file), "2").unwrap();
+            write(file, 2);
             let after = noted();
             let changed: Vec<&String> = after.keys().filter(|key| after[*key] != before[*key]).collect();
             assert_eq!(changed, [name], "{file}");
-            std::fs::write(dir.path().join(file), "1").unwrap();
+            write(file, 1);
         }
     }
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use dragon_nn::{Checkpoint, Loader};
 use dragon_testkit::{Tol, assert_close};
 use dragon_vae::discriminator::{self, Discriminator};
 use dragon_vae::losses::{Floor, MelLoss};
@@ -39,7 +40,7 @@ fn encoder_and_decoder_match_the_reference() {
 fn oobleck_matches_its_references() {
     let path =
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/dragon-vae/oobleck/case.safetensors");
-    let case = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+    let case = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
     let cfg = Config {
         latent_dim: 4,
         strides: vec![2, 4],
@@ -52,19 +53,38 @@ fn oobleck_matches_its_references() {
     for (prefix, layout) in
         [("stable_audio_tools", Layout::StableAudioTools), ("diffusers", Layout::Diffusers)]
     {
-        // diffusers stores the snakes' parameters as [1, C, 1]
-        let flat = |name: &str, t: &Tensor| match name.ends_with("alpha") || name.ends_with("beta") {
-            true => t.flatten_all().unwrap(),
-            false => t.clone(),
-        };
-        let tensors = case.iter().map(|(k, v)| (k.clone(), flat(k, v))).collect();
-        let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu)
-            .rename_f(move |name| format!("{prefix}.{}", layout.name(name)));
+        let loader = Loader::new(Checkpoint::open(&path).unwrap(), move |name| {
+            vec![format!("{prefix}.{}", layout.name(name))]
+        });
+        let vb = loader.builder(DType::F32, &Device::Cpu);
         let vae = AudioVae::new(&cfg, vb).unwrap();
         let posterior = vae.encode(&case["audio"]).unwrap();
         assert_close(&posterior.mean, &case["mean"], MODEL);
         assert_close(&(posterior.log_var * 0.5).unwrap().exp().unwrap(), &case["std"], MODEL);
         assert_close(&vae.decode(&case["latents"]).unwrap(), &case["decoded"], MODEL);
+    }
+}
+
+#[test]
+fn stable_audio_open_asks_for_the_published_tensors() {
+    for (file, prefix, layout) in [
+        ("stable_audio_tools.shapes", "pretransform.model.", Layout::StableAudioTools),
+        ("diffusers.shapes", "", Layout::Diffusers),
+    ] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/dragon-vae/oobleck").join(file);
+        let text = std::fs::read_to_string(path).unwrap();
+        let shapes = text.lines().map(|line| {
+            let (name, shape) = line.split_once(' ').unwrap();
+            let numbers = shape.trim_matches(['[', ']']).split(", ");
+            (name.to_string(), numbers.map(|n| n.parse().unwrap()).collect())
+        });
+        let loader = Loader::new(Checkpoint::without_data(shapes), move |name| {
+            vec![format!("{prefix}{}", layout.name(name))]
+        });
+        AudioVae::new(&Config::stable_audio_open(), loader.builder(DType::F32, &Device::Cpu)).unwrap();
+        let tensors = loader.finish(|_| false).unwrap();
+        let n: usize = tensors.values().map(Tensor::elem_count).sum();
+        assert_eq!(n, 156_112_514, "{file}");
     }
 }
 

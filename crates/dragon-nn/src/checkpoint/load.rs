@@ -9,6 +9,43 @@ use candle_nn::var_builder::SimpleBackend;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+/// Where a file keeps a tensor of the model, or a piece of one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// The file's name.
+    name: String,
+    /// Which of how many equal parts along the first axis.
+    part: (usize, usize),
+}
+
+impl Source {
+    /// The `i`-th of `n` equal parts along the first axis: one of several projections that the file keeps as one.
+    pub fn part(name: impl Into<String>, i: usize, n: usize) -> Self {
+        Self { name: name.into(), part: (i, n) }
+    }
+
+    /// The same with something before the file's name.
+    pub fn prefixed(self, prefix: &str) -> Self {
+        Self { name: format!("{prefix}{}", self.name), ..self }
+    }
+
+    /// The part's shape, if the tensor can be cut so.
+    fn shape(&self, whole: &[usize]) -> Option<Vec<usize>> {
+        let mut shape = whole.to_vec();
+        if self.part.1 > 1 {
+            let rows = shape.first_mut().filter(|rows| rows.is_multiple_of(self.part.1))?;
+            *rows /= self.part.1;
+        }
+        Some(shape)
+    }
+}
+
+impl From<String> for Source {
+    fn from(name: String) -> Self {
+        Self { name, part: (0, 1) }
+    }
+}
+
 /// Gives a model the tensors of a checkpoint: frozen, each read once, when the model asks for it.
 ///
 /// A tensor that is missing or has another shape does not stop the model from being built: it becomes a placeholder,
@@ -18,8 +55,8 @@ pub struct Loader {
     shared: Arc<Shared>,
 }
 
-/// The file's names of a tensor of the model.
-type Names = dyn Fn(&str) -> Vec<String> + Send + Sync;
+/// Where the file has a tensor of the model.
+type Names = dyn Fn(&str) -> Vec<Source> + Send + Sync;
 
 struct Shared {
     checkpoint: Checkpoint,
@@ -38,9 +75,15 @@ struct State {
 }
 
 impl Loader {
-    /// A loader that finds each tensor of the model under the names that `names` gives: usually one; several are
-    /// put together along their first axis (three projections that the model keeps as one).
-    pub fn new(checkpoint: Checkpoint, names: impl Fn(&str) -> Vec<String> + Send + Sync + 'static) -> Self {
+    /// A loader that finds each tensor of the model where `names` says: usually under one name; several are put together
+    /// along their first axis (three projections that the model keeps as one), see also [`Source::part`].
+    ///
+    /// Shapes may differ by axes of length 1: `[C]` in the model is `[1, C, 1]` in some files.
+    pub fn new<S: Into<Source>>(
+        checkpoint: Checkpoint,
+        names: impl Fn(&str) -> Vec<S> + Send + Sync + 'static,
+    ) -> Self {
+        let names = move |name: &str| names(name).into_iter().map(Into::into).collect();
         let (names, state) = (Box::new(names), Mutex::default());
         Self { shared: Arc::new(Shared { checkpoint, names, state }) }
     }
@@ -103,52 +146,75 @@ impl Loader {
         }
         let checkpoint = &self.shared.checkpoint;
         let sources = (self.shared.names)(name);
-        let mut rows = 0;
-        let mut shapes = vec![];
         let mut state = self.state();
+        let (mut shapes, mut whole) = (vec![], vec![]);
         for source in &sources {
-            state.used.insert(source.clone());
-            match checkpoint.shape(source) {
+            state.used.insert(source.name.clone());
+            match checkpoint.shape(&source.name) {
                 Some(shape) => {
-                    rows += shape.first().copied().unwrap_or(0);
-                    shapes.push(shape.to_vec());
+                    shapes.push(source.shape(shape));
+                    whole.push(shape.to_vec());
                 }
-                None => state.missing.push(source.clone()),
+                None if state.missing.contains(&source.name) => {}
+                None => state.missing.push(source.name.clone()),
             }
         }
         if shapes.len() < sources.len() {
             return Ok(None);
         }
-        let mut found = shapes.first().cloned().unwrap_or_default();
-        let agree = shapes.iter().all(|shape| shape.get(1..) == found.get(1..));
-        if shapes.len() > 1 && agree && !found.is_empty() {
-            found[0] = rows;
-        }
-        if let Some(want) = want.filter(|want| want.dims() != found || !agree) {
-            for (source, shape) in sources.iter().zip(&shapes) {
-                let mut part = want.dims().to_vec();
+        let found = stacked(&shapes);
+        let fits = |found: &[usize]| want.is_none_or(|want| without_ones(want.dims()) == without_ones(found));
+        let Some(found) = found.filter(|found| fits(found)) else {
+            let want = want.map(Shape::dims).unwrap_or_default();
+            for ((source, shape), whole) in sources.iter().zip(&shapes).zip(whole) {
+                let mut part = want.to_vec();
                 if let (true, Some(rows)) = (sources.len() > 1, part.first_mut()) {
                     *rows /= sources.len();
                 }
-                if part != *shape {
-                    state.misshapen.push((source.clone(), part, shape.clone()));
+                if shape.as_ref().is_none_or(|shape| *shape != part) {
+                    if let Some(rows) = part.first_mut() {
+                        *rows *= source.part.1;
+                    }
+                    state.misshapen.push((source.name.clone(), part, whole));
                 }
             }
             return Ok(None);
-        }
+        };
         drop(state);
-        let read = |source: &String| {
-            checkpoint.read(source, dtype, device).map_err(|e| {
-                Error::Msg(format!("checkpoint `{}`: tensor `{source}`: {e}", checkpoint.path().display()))
+        let read = |source: &Source| {
+            checkpoint.read_part(&source.name, source.part, dtype, device).map_err(|e| {
+                let path = checkpoint.path().display();
+                Error::Msg(format!("checkpoint `{path}`: tensor `{}`: {e}", source.name))
             })
         };
         let tensor = match sources.as_slice() {
             [one] => read(one)?,
             several => Tensor::cat(&several.iter().map(read).collect::<Result<Vec<_>>>()?, 0)?,
         };
+        let tensor = match want {
+            Some(want) if want.dims() != found => tensor.reshape(want)?,
+            _ => tensor,
+        };
         self.state().tensors.insert(name.to_string(), tensor.clone());
         Ok(Some(tensor))
     }
+}
+
+/// The shape of pieces put together along their first axis, if they fit each other.
+fn stacked(pieces: &[Option<Vec<usize>>]) -> Option<Vec<usize>> {
+    let pieces: Vec<&Vec<usize>> = pieces.iter().map(Option::as_ref).collect::<Option<_>>()?;
+    let mut shape = pieces.first()?.to_vec();
+    if pieces.len() > 1 {
+        if pieces.iter().any(|piece| piece.is_empty() || piece[1..] != shape[1..]) {
+            return None;
+        }
+        shape[0] = pieces.iter().map(|piece| piece[0]).sum();
+    }
+    Some(shape)
+}
+
+fn without_ones(shape: &[usize]) -> Vec<usize> {
+    shape.iter().copied().filter(|&n| n != 1).collect()
 }
 
 impl SimpleBackend for Loader {
@@ -171,7 +237,7 @@ impl SimpleBackend for Loader {
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        (self.shared.names)(name).iter().all(|source| self.shared.checkpoint.shape(source).is_some())
+        (self.shared.names)(name).iter().all(|source| self.shared.checkpoint.shape(&source.name).is_some())
     }
 }
 
@@ -218,6 +284,24 @@ mod tests {
         assert_eq!(tensors.keys().collect::<Vec<_>>(), ["a.qkv"]);
         let message = loader.finish(|_| false).unwrap_err().to_string();
         assert!(message.contains("`a.position_ids`: not used"), "{message}");
+    }
+
+    #[test]
+    fn a_part_of_a_tensor_and_a_shape_with_ones_are_read() {
+        let (_dir, checkpoint) = checkpoint(&[("a.qkv", &[6, 2]), ("alpha", &[1, 3, 1]), ("odd", &[5])]);
+        let loader = Loader::new(checkpoint, |name| match name.split_once(".to_") {
+            Some((stem, "k")) => vec![Source::part(format!("{stem}.qkv"), 1, 3)],
+            _ if name == "third" => vec![Source::part("odd", 2, 3)],
+            _ => vec![Source::from(name.to_string())],
+        });
+        let vb = loader.builder(DType::F32, &CPU);
+        let k = vb.get((2, 2), "a.to_k").unwrap();
+        assert_eq!(k.to_vec2::<f32>().unwrap(), [[4., 5.], [6., 7.]]);
+        assert_eq!(vb.get(3, "alpha").unwrap().to_vec1::<f32>().unwrap(), [12., 13., 14.]);
+        loader.finish(|name| name == "odd").unwrap();
+        vb.get(2, "third").unwrap();
+        let message = loader.finish(|_| false).unwrap_err().to_string();
+        assert!(message.contains("`odd`: expected [6], found [5]"), "{message}");
     }
 
     #[test]

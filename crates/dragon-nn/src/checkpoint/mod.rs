@@ -6,6 +6,6 @@ mod pickle;
 mod read;
 mod write;
 
-pub use load::Loader;
+pub use load::{Loader, Source};
 pub use read::Checkpoint;
 pub use write::{write_atomically, write_safetensors};

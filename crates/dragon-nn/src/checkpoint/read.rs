@@ -154,21 +154,45 @@ impl Checkpoint {
     /// # Errors
     /// If there is no such tensor, or its numbers are of a kind that candle does not know.
     pub fn read(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        self.read_part(name, (0, 1), dtype, device)
+    }
+
+    /// Reads the `i`-th of `n` equal parts along the first axis of a tensor, `(i, n)`.
+    pub(super) fn read_part(
+        &self,
+        name: &str,
+        (i, n): (usize, usize),
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
         let entry = self.tensors.get(name).ok_or_else(|| Error::CannotFindTensor { path: name.into() })?;
+        let mut shape = entry.shape.clone();
+        if n > 1 {
+            shape[0] /= n;
+        }
         let (file, start, end, stored) = match &entry.place {
             Place::File { file, start, end, dtype } => (*file, *start, *end, *dtype),
             Place::Unreadable(kind) => candle_core::bail!("its numbers are of the kind {kind}"),
             Place::Nowhere => {
-                return Tensor::zeros((), dtype, device)?.broadcast_as(entry.shape.as_slice());
+                return Tensor::zeros((), dtype, device)?.broadcast_as(shape);
             }
         };
         let map = &self.files[file];
+        let size = stored.size_in_bytes();
+        // The part's bytes; of a strided tensor, the offset of its first element, up to the end.
+        let (start, end) = match &entry.stride {
+            None => {
+                let len = shape.iter().product::<usize>() * size;
+                (start + i * len, start + (i + 1) * len)
+            }
+            Some(stride) if n > 1 => (start + i * shape[0] * stride[0] * size, end),
+            Some(_) => (start, end),
+        };
         let bytes = &map[start..end];
         let tensor = match &entry.stride {
-            None => Tensor::from_raw_buffer(bytes, stored, &entry.shape, device)?,
+            None => Tensor::from_raw_buffer(bytes, stored, &shape, device)?,
             Some(stride) => {
-                let gathered = gather(bytes, stored.size_in_bytes(), &entry.shape, stride);
-                Tensor::from_raw_buffer(&gathered, stored, &entry.shape, device)?
+                Tensor::from_raw_buffer(&gather(bytes, size, &shape, stride), stored, &shape, device)?
             }
         };
         forget(map, start, end);
