@@ -1,6 +1,6 @@
 //! [`super::attention`] as candle operations; stores the logits of all heads.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 
 pub(crate) fn attention(
     q: &Tensor,
@@ -12,8 +12,10 @@ pub(crate) fn attention(
     let heads_first = |t: &Tensor| t.transpose(1, 2)?.contiguous(); // [B, H, T, D]
     let (q, k, v) = (heads_first(q)?, heads_first(k)?, heads_first(v)?);
     let logits = (q.matmul(&k.t()?)? * scale)?; // [B, H, Tq, Tk]
+    let wide = |t: &Tensor| if crate::is_half(t) { t.to_dtype(DType::F32) } else { Ok(t.clone()) };
+    let logits = wide(&logits)?;
     let logits = match bias {
-        Some(bias) => logits.broadcast_add(bias)?,
+        Some(bias) => logits.broadcast_add(&wide(bias)?)?,
         None => logits,
     };
     // A row of which every key is masked has no maximum; the floor makes its weights exp(-inf) = 0.
@@ -21,5 +23,5 @@ pub(crate) fn attention(
     let weights = logits.broadcast_sub(&max)?.exp()?;
     let total = weights.sum_keepdim(D::Minus1)?;
     let total = total.maximum(&total.ones_like()?.affine(1e-30, 0.0)?)?;
-    weights.broadcast_div(&total)?.matmul(&v)?.transpose(1, 2)?.contiguous() // [B, Tq, H, Dv]
+    weights.broadcast_div(&total)?.to_dtype(v.dtype())?.matmul(&v)?.transpose(1, 2)?.contiguous() // [B, Tq, H, Dv]
 }
