@@ -21,7 +21,8 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "xtask" / "bench"), str(ROOT / "fixtures" / "dragon-encoders" / "clap")]
+FIXTURES = ROOT / "fixtures" / "dragon-encoders"
+sys.path[:0] = [str(ROOT / "xtask" / "bench"), str(FIXTURES / "clap"), str(FIXTURES / "t5")]
 import peers  # noqa: E402
 
 # Each without what it requires: much of that is for training.
@@ -31,10 +32,10 @@ PACKAGES = [
     "numba==0.68.1", "llvmlite==0.50.0", "scipy==1.17.1", "scikit-learn==1.9.1", "joblib==1.5.3", "threadpoolctl==3.6.0",
     "decorator==5.3.1", "audioread==3.1.0", "soxr==1.1.0", "msgpack==1.2.4", "pooch==1.9.0", "platformdirs==4.14.8",
     "packaging==26.4", "pyyaml==6.0.4", "regex==2026.11.19", "requests==2.34.2", "tqdm==4.70.1", "idna==3.20",
-    "charset-normalizer==3.5.3", "urllib3==2.8.0", "certifi==2026.10.19.post1",
+    "sentencepiece==0.2.3", "protobuf==7.36.2", "charset-normalizer==3.5.3", "urllib3==2.8.0", "certifi==2026.10.19.post1",
 ]  # fmt: skip
 # Bars in f32: relative error of the front end, then cosine and absolute error of embeddings.
-MEL, COSINE, ABSOLUTE = 1e-5, 0.999999, 1e-4
+MEL, COSINE, ABSOLUTE, T5 = 1e-5, 0.999999, 1e-4, 1e-4
 WORK = ROOT / "target" / "parity"
 failed = []
 
@@ -177,6 +178,74 @@ def clap(binary, only):
         )
 
 
+def t5_tokenizer(folder, texts):
+    """A sentencepiece tokenizer in T5's files, trained on `texts`."""
+    import sentencepiece
+    from tokenizers import pre_tokenizers
+    from transformers import T5Tokenizer, T5TokenizerFast
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(folder / "spiece"), vocab_size=400, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    model = str(folder / "spiece.model")
+    fast = T5TokenizerFast(model).backend_tokenizer
+    # as in the published files; the converter leaves the mark of the first word out
+    mark = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
+    fast.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), mark])
+    fast.save(str(folder / "tokenizer.json"))
+    return T5Tokenizer(model, legacy=False)
+
+
+def t5(binary, only):
+    import torch
+    from published import PUBLISHED, published
+    from transformers import T5ForConditionalGeneration
+
+    texts = captions()
+    n_tokens = 64
+    for name in PUBLISHED:
+        if only not in name:
+            continue
+        folder = WORK / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "captions.txt").write_text("\n".join(texts) + "\n")
+        tokenizer = t5_tokenizer(folder, texts * 3)
+        tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=n_tokens, return_tensors="pt")
+        torch.manual_seed(0)
+        model = T5ForConditionalGeneration(published(name)).eval()
+        with torch.no_grad():
+            for key, value in model.state_dict().items():
+                if "layer_norm" in key:
+                    value.copy_(torch.rand_like(value) + 0.5)
+            model.save_pretrained(folder, max_shard_size="1GB")  # `large` in parts
+            encoder = model.get_encoder()
+            inputs = dict(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+            start = time.perf_counter()
+            wide = encoder(**inputs).last_hidden_state
+            seconds = time.perf_counter() - start
+            narrow = encoder.bfloat16()(**inputs).last_hidden_state.float()
+        del model, encoder
+        mask = tokens.attention_mask[..., None]
+        rows = lambda states: (states * mask).flatten(1)
+        head(name)
+        got, facts = ours(binary, folder, folder, folder / "captions.txt", "f32")
+        same = bool((got["ids"] == tokens.input_ids).all())
+        print(f"  {'token ids':22} {'equal' if same else 'DIFFERENT'}")
+        if not same:
+            failed.append("token ids")
+        compare("states, f32", rows(got["states"]), rows(wide), absolute=T5, cosine=COSINE)
+        print(
+            f"  loaded in {facts['load_s']} s, then {facts['load_peak_mib']} MiB resident at most for"
+            f" {facts['weights_mib']} MiB of weights; {len(texts)} texts: {facts['texts_s']} s, PyTorch {seconds:.3f} s"
+        )
+        # bf16 rounds to 1 in 256 at every step: as far from f32 as PyTorch's own is the bar, with a margin of half
+        theirs = (rows(narrow) - rows(wide)).abs().max().item()
+        got, facts = ours(binary, folder, folder, folder / "captions.txt", "bf16")
+        compare("states, bf16", rows(got["states"]), rows(wide), absolute=1.5 * theirs)
+        print(f"  PyTorch's bf16 is {theirs:.2e} from its f32; {facts['load_peak_mib']} MiB resident at most in bf16")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=["clap", "t5"])
@@ -184,7 +253,7 @@ def main():
     parser.add_argument("--binary", required=True, help="our side, an example of dragon-encoders")
     args = parser.parse_args()
     peers.environment(__file__, *PACKAGES)
-    {"clap": clap}[args.model](args.binary, args.only)
+    {"clap": clap, "t5": t5}[args.model](args.binary, args.only)
     if failed:
         sys.exit(f"beyond their bars: {', '.join(failed)}")
 

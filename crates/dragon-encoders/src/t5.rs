@@ -3,11 +3,43 @@
 //! Reads Hugging Face checkpoints: `config.json`, `model.safetensors` with the names of `T5EncoderModel`
 //! (reference: transformers v4.57.6, `modeling_t5.py`, Apache-2.0; written from its formulas, no code taken).
 //! Differences from the reference: no dropout (the tiny model trains together with a denoiser that drops its text).
-//! Golden tests: `relu_encoder_matches_transformers`, `gated_encoder_matches_transformers`.
+//! Golden tests: `relu_encoder_matches_transformers`, `gated_encoder_matches_transformers`; names and shapes of the
+//! published sizes: `every_tensor_of_the_published_encoders_is_read`.
 
 use crate::layers::{Dense, embed, index, padding_bias};
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
+use dragon_nn::{Checkpoint, LoadError, Loader};
+use std::path::{Path, PathBuf};
+
+/// What goes wrong when a T5 is read from a folder.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// `config.json` is missing or does not parse.
+    #[error("T5 config `{}`: {reason}", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What the reader said.
+        reason: String,
+    },
+    /// The weights do not fit.
+    #[error(transparent)]
+    Weights(#[from] LoadError),
+    /// f16 was asked for, which this size overflows.
+    #[error(
+        "T5 `{}`: states of width {d_model} overflow in f16\nhint: take bf16 (as small) or f32", path.display()
+    )]
+    Half {
+        /// The folder.
+        path: PathBuf,
+        /// Width of its states.
+        d_model: usize,
+    },
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}
 
 /// Kind of feed-forward layer; the names are those of Hugging Face's `feed_forward_proj`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -45,7 +77,13 @@ pub struct Config {
     /// Epsilon of the root mean square norms.
     pub layer_norm_epsilon: f64,
     /// Kind of feed-forward layer.
+    #[serde(default = "default_feed_forward")]
     pub feed_forward_proj: FeedForwardKind,
+}
+
+/// Value of configs older than the key (T5 1.0).
+fn default_feed_forward() -> FeedForwardKind {
+    FeedForwardKind::Relu
 }
 
 /// Value of configs older than the key (T5 1.0).
@@ -151,6 +189,27 @@ impl T5Encoder {
         })
     }
 
+    /// Reads the encoder of a Hugging Face folder: `config.json` and `model.safetensors` (also in parts) or
+    /// `pytorch_model.bin`, of an encoder alone or of a whole T5 (t5-small to flan-t5-xxl); the weights are frozen.
+    ///
+    /// # Errors
+    /// If a file is missing or broken, weights and config do not fit (every tensor in question is listed), or `dtype`
+    /// is f16 for a model of the width of `large` or above: its states leave f16's range.
+    pub fn load(folder: impl AsRef<Path>, dtype: DType, device: &Device) -> std::result::Result<Self, Error> {
+        let folder = folder.as_ref();
+        let path = folder.join("config.json");
+        let fail = |reason: String| Error::Config { path: path.clone(), reason };
+        let text = std::fs::read_to_string(&path).map_err(|e| fail(e.to_string()))?;
+        let config: Config = serde_json::from_str(&text).map_err(|e| fail(e.to_string()))?;
+        if dtype == DType::F16 && config.d_model >= LARGE {
+            return Err(Error::Half { path: folder.into(), d_model: config.d_model });
+        }
+        let loader = loader(Checkpoint::open(folder)?);
+        let encoder = Self::new(&config, loader.builder(dtype, device))?;
+        loader.finish(is_unneeded)?;
+        Ok(encoder)
+    }
+
     /// The hyperparameters.
     pub fn config(&self) -> &Config {
         &self.config
@@ -184,6 +243,22 @@ impl T5Encoder {
         let rows = self.relative_bias.index_select(&ids, 0)?; // [L*L, H]
         rows.t()?.contiguous()?.reshape((1, self.config.num_heads, len, len)) // [1, H, L, L]
     }
+}
+
+/// Width of the states from which on f16 overflows: that of `large`.
+const LARGE: usize = 1024;
+
+/// A loader for both names of the embedding table: `encoder.embed_tokens.weight` stands alone in some files of encoders.
+fn loader(checkpoint: Checkpoint) -> Loader {
+    const SHARED: &str = "shared.weight";
+    let name = if checkpoint.shape(SHARED).is_some() { SHARED } else { "encoder.embed_tokens.weight" };
+    let name = if checkpoint.shape(name).is_some() { name } else { SHARED };
+    Loader::new(checkpoint, move |ours| vec![if ours == SHARED { name.into() } else { ours.to_string() }])
+}
+
+/// Whether a tensor belongs to the decoder, or is the embedding table once more.
+fn is_unneeded(name: &str) -> bool {
+    name.starts_with("decoder.") || ["lm_head.weight", "encoder.embed_tokens.weight"].contains(&name)
 }
 
 /// Bucket of a relative position (key - query): a half of the buckets for each direction; in a half, the first half
@@ -324,6 +399,108 @@ mod tests {
     #[test]
     fn gated_encoder_matches_transformers() {
         golden("gated", FeedForwardKind::GatedGelu);
+    }
+
+    #[test]
+    fn half_precision_stays_close() {
+        for kind in [FeedForwardKind::Relu, FeedForwardKind::GatedGelu] {
+            let name = if kind == FeedForwardKind::Relu { "relu" } else { "gated" };
+            let golden = Golden::fixture(format!("dragon-encoders/t5/{name}.safetensors"));
+            let dir = folder(name);
+            let encoder = T5Encoder::load(dir.path(), DType::BF16, &Device::Cpu).unwrap();
+            let states = encoder.forward(&golden.get("ids"), &golden.get("mask")).unwrap();
+            assert_eq!(states.dtype(), DType::BF16);
+            let mask = golden.get("mask");
+            let mean = |t: &Tensor| mean_over_tokens(&t.to_dtype(DType::F32).unwrap(), &mask).unwrap();
+            let error = (mean(&states) - mean(&golden.get("states"))).unwrap();
+            let rms = error.sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+            // PyTorch's bf16 is 0.021 and 0.022 from its f32: the weights are four times as large as usual
+            assert!(rms < 0.035, "{name}: {rms}");
+        }
+    }
+
+    /// A Hugging Face folder with the weights of a fixture.
+    fn folder(name: &str) -> tempfile::TempDir {
+        let golden = Golden::fixture(format!("dragon-encoders/t5/{name}.safetensors"));
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config {
+            vocab_size: 60,
+            d_model: 24,
+            d_kv: 10,
+            d_ff: 40,
+            num_layers: 3,
+            num_heads: 3,
+            relative_attention_num_buckets: 8,
+            relative_attention_max_distance: 12,
+            layer_norm_epsilon: 1e-6,
+            feed_forward_proj: match name {
+                "relu" => FeedForwardKind::Relu,
+                _ => FeedForwardKind::GatedGelu,
+            },
+        };
+        std::fs::write(dir.path().join("config.json"), serde_json::to_string(&config).unwrap()).unwrap();
+        let tensors = golden.with_prefix("weights.");
+        candle_core::safetensors::save(&tensors, dir.path().join("model.safetensors")).unwrap();
+        dir
+    }
+
+    #[test]
+    fn a_folder_of_hugging_face_gives_the_states_of_transformers() {
+        let golden = Golden::fixture("dragon-encoders/t5/gated.safetensors");
+        let dir = folder("gated");
+        let states = |dir: &Path| {
+            let encoder = T5Encoder::load(dir, DType::F32, &Device::Cpu).unwrap();
+            let mask = golden.get("mask");
+            mean_over_tokens(&encoder.forward(&golden.get("ids"), &mask).unwrap(), &mask).unwrap()
+        };
+        let want = mean_over_tokens(&golden.get("states"), &golden.get("mask")).unwrap();
+        assert_close(&states(dir.path()), &want, Tol { atol: 1e-4, rtol: 1e-3 });
+        // the table under its other name, and a decoder beside
+        let path = dir.path().join("model.safetensors");
+        let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
+        let table = tensors.remove("shared.weight").unwrap();
+        tensors.insert("decoder.block.0.layer.0.SelfAttention.q.weight".into(), table.clone());
+        tensors.insert("encoder.embed_tokens.weight".into(), table);
+        candle_core::safetensors::save(&tensors, &path).unwrap();
+        assert_close(&states(dir.path()), &want, Tol { atol: 1e-4, rtol: 1e-3 });
+        // what does not fit is listed
+        tensors.remove("encoder.final_layer_norm.weight").unwrap();
+        tensors.insert("adapter.weight".into(), Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap());
+        candle_core::safetensors::save(&tensors, &path).unwrap();
+        let message = T5Encoder::load(dir.path(), DType::F32, &Device::Cpu).unwrap_err().to_string();
+        for part in ["`encoder.final_layer_norm.weight`: missing", "`adapter.weight`: not used"] {
+            assert!(message.contains(part), "{message}");
+        }
+    }
+
+    #[test]
+    fn f16_is_refused_where_it_overflows() {
+        let dir = folder("gated");
+        T5Encoder::load(dir.path(), DType::F16, &Device::Cpu).unwrap();
+        let path = dir.path().join("config.json");
+        let text = std::fs::read_to_string(&path).unwrap().replace("\"d_model\":24", "\"d_model\":1024");
+        std::fs::write(&path, text).unwrap();
+        let message = T5Encoder::load(dir.path(), DType::F16, &Device::Cpu).unwrap_err().to_string();
+        assert!(message.contains("overflow in f16") && message.contains("hint: take bf16"), "{message}");
+    }
+
+    #[test]
+    fn every_tensor_of_the_published_encoders_is_read() {
+        for name in ["t5-small", "t5-base", "t5-large", "flan-t5-small", "flan-t5-base", "flan-t5-large"] {
+            let read = |ending: &str| {
+                let path = dragon_testkit::fixture(format!("dragon-encoders/t5/{name}.{ending}"));
+                std::fs::read_to_string(path).unwrap()
+            };
+            let config: Config = serde_json::from_str(&read("json")).unwrap();
+            let shapes = read("shapes");
+            let shapes = shapes.lines().map(|line| {
+                let (name, sizes) = line.split_once('\t').unwrap();
+                (name.to_string(), sizes.split(',').map(|s| s.parse().unwrap()).collect())
+            });
+            let loader = loader(Checkpoint::without_data(shapes));
+            T5Encoder::new(&config, loader.builder(DType::F32, &Device::Cpu)).unwrap();
+            loader.finish(is_unneeded).unwrap_or_else(|e| panic!("{name}: {e}"));
+        }
     }
 
     #[test]

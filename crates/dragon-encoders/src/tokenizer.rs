@@ -349,6 +349,40 @@ mod tests {
     }
 
     #[test]
+    fn a_unigram_tokenizer_of_t5_reads_and_takes_the_likeliest_pieces() {
+        let special = |id: u32, content: &str| {
+            format!(
+                r#"{{"id": {id}, "content": "{content}", "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true}}"#
+            )
+        };
+        let specials = [special(0, "<pad>"), special(1, "</s>"), special(2, "<unk>")].join(", ");
+        let json = format!(
+            r#"{{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [{specials}],
+            "normalizer": null, "decoder": null,
+            "pre_tokenizer": {{"type": "Sequence", "pretokenizers": [{{"type": "WhitespaceSplit"}},
+                {{"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true}}]}},
+            "post_processor": {{"type": "TemplateProcessing", "single": [{{"Sequence": {{"id": "A", "type_id": 0}}}},
+                {{"SpecialToken": {{"id": "</s>", "type_id": 0}}}}], "pair": [{{"Sequence": {{"id": "A", "type_id": 0}}}},
+                {{"Sequence": {{"id": "B", "type_id": 0}}}}],
+                "special_tokens": {{"</s>": {{"id": "</s>", "ids": [1], "tokens": ["</s>"]}}}}}},
+            "model": {{"type": "Unigram", "unk_id": 2, "byte_fallback": false, "vocab": [["<pad>", 0], ["</s>", 0],
+                ["<unk>", 0], ["▁a", -2.0], ["▁slow", -3.0], ["▁wal", -4.0], ["tz", -4.0], ["▁w", -4.5], ["altz", -4.0],
+                ["▁", -9.0]]}}}}"#
+        );
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        std::fs::write(&path, json).unwrap();
+        let tk = Tokenizer::load(&path).unwrap();
+        assert!(!tk.is_bpe() && tk.pad_id() == 0);
+        // `▁wal tz` (-8.0) is likelier than `▁w altz` (-8.5)
+        assert_eq!(tk.encode("a  slow waltz", 16, TooLong::Error).unwrap(), (vec![3, 4, 5, 6, 1], false));
+        assert_eq!(tk.encode("a 音", 16, TooLong::Error).unwrap().0, [3, 9, 2, 1]);
+        let cut = tk.encode("a slow waltz", 3, TooLong::Truncate).unwrap();
+        assert_eq!(cut, (vec![3, 4, 1], true));
+    }
+
+    #[test]
     fn an_empty_caption_and_a_missing_file_are_named() {
         let tk = Tokenizer::train(&captions(), 300).unwrap();
         let message =

@@ -60,7 +60,13 @@ pub use snake::{snake, snake_beta};
 pub use swiglu::{swiglu, swiglu_value_first};
 pub use swiglu_feed_forward::swiglu_feed_forward;
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
+
+/// Whether a tensor is bf16 or f16: sums of some hundred terms stop growing in these, so that norms and softmax are
+/// computed in f32, as PyTorch does.
+fn is_half(x: &Tensor) -> bool {
+    matches!(x.dtype(), DType::BF16 | DType::F16)
+}
 
 /// Fails unless every present parameter is a vector of `x`'s last dimension.
 fn check_last(op: &str, x: &Tensor, params: &[Option<&Tensor>]) -> Result<()> {

@@ -1,6 +1,6 @@
 //! [`super::attention`] as candle operations; stores the logits of all heads.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 
 pub(crate) fn attention(
     q: &Tensor,
@@ -16,8 +16,10 @@ pub(crate) fn attention(
     };
     let (q, k, v) = (heads_first(q)?, heads_first(k)?, heads_first(v)?);
     let logits = (q.matmul(&k.t()?)? * scale)?; // [B, H, Tq, Tk]
+    let wide = |t: &Tensor| if crate::is_half(t) { t.to_dtype(DType::F32) } else { Ok(t.clone()) };
+    let logits = wide(&logits)?;
     let logits = match bias {
-        Some(bias) => logits.broadcast_add(bias)?,
+        Some(bias) => logits.broadcast_add(&wide(bias)?)?,
         None => logits,
     };
     // A row of which every key is masked has no maximum; the floor makes its weights exp(-inf) = 0.
@@ -25,5 +27,6 @@ pub(crate) fn attention(
     let weights = logits.broadcast_sub(&max)?.exp()?;
     let total = weights.sum_keepdim(D::Minus1)?;
     let total = total.maximum(&total.ones_like()?.affine(1e-30, 0.0)?)?;
-    weights.broadcast_div(&total)?.matmul(&v)?.transpose(1, 2)?.flatten_from(2) // [B, Tq, H·Dv]
+    let mixed = weights.broadcast_div(&total)?.to_dtype(v.dtype())?.matmul(&v)?; // [B, H, Tq, Dv]
+    mixed.transpose(1, 2)?.flatten_from(2) // [B, Tq, H·Dv]
 }
