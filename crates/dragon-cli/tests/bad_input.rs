@@ -276,6 +276,29 @@ fn a_checkpoint_of_another_shape_is_named_with_its_tensors() {
 }
 
 #[test]
+fn a_clap_of_others_that_cannot_be_read_says_what_it_is_and_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    corpus(dir);
+    let laion = fixture("dragon-encoders/clap/laion/checkpoint.pt");
+    let whole = std::fs::read(laion).unwrap();
+    std::fs::write(dir.join("laion.pt"), &whole).unwrap();
+    let embed = |path: &str| format!("embed corpus --out songs.npz --setting ma --encoder {path}");
+    refused(
+        dir,
+        &embed("laion.pt"),
+        &["tokenizer.json", "it is missing", "hint: put the tokenizer.json of roberta-base"],
+    );
+    std::fs::copy(fixture("tiny/clap/tokenizer.json"), dir.join("tokenizer.json")).unwrap();
+    refused(dir, &embed("laion.pt"), &["the tokenizer has", "the config says vocab_size 60"]);
+    std::fs::write(dir.join("laion.pt"), &whole[..whole.len() / 2]).unwrap();
+    refused(dir, &embed("laion.pt"), &["laion.pt", "cut short", "hint: the download is incomplete"]);
+    std::fs::copy(fixture("dragon-encoders/t5/gated.safetensors"), dir.join("t5.safetensors")).unwrap();
+    refused(dir, &embed("t5.safetensors"), &["holds no CLAP", "hint: is it a checkpoint of another model?"]);
+    refused(dir, &embed("nowhere.pt"), &["nowhere.pt", "hint: name a folder"]);
+}
+
+#[test]
 fn an_unknown_key_is_named_with_the_known_ones() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();

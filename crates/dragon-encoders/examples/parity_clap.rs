@@ -25,7 +25,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let samples: Vec<f32> =
         bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("four bytes"))).collect();
     let clips: Vec<&[f32]> = samples.chunks(config.audio.clip_samples).collect();
+    let start = Instant::now();
     let log_mel = encoder.log_mel(&clips)?;
+    println!("log_mel_s {:.3}", start.elapsed().as_secs_f64());
     let start = Instant::now();
     let embedding = encoder.model.audio_branch.forward(&log_mel)?;
     println!("audio_s {:.3}", start.elapsed().as_secs_f64());

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
-use dragon_encoders::clap::ClapEncoder;
+use dragon_encoders::clap::{self, ClapEncoder};
 use dragon_encoders::musicnn::Musicnn;
 use dragon_encoders::settings::latent_rows;
 use dragon_encoders::{AudioEncoder, Embeddings, TextEncoder};
@@ -19,9 +19,17 @@ use crate::embed;
 use crate::error::{Error, Result};
 use crate::run::RunContext;
 
-/// What failed, and what would do.
-pub(crate) const NO_CLAP: &str = "cannot load CLAP\nhint: name a folder with config.json, model.safetensors and \
-    tokenizer.json (ours or Hugging Face's), or LAION's .pt file";
+/// A CLAP that cannot be read; says what would do, unless the reason has a hint of its own.
+pub(crate) fn no_clap(err: clap::Error) -> Error {
+    let hint = match err.to_string().contains("hint:") {
+        true => "",
+        false => {
+            "\nhint: name a folder with config.json, model.safetensors and tokenizer.json (ours or Hugging Face's), \
+             or LAION's .pt file"
+        }
+    };
+    Error::input(format!("cannot load CLAP{hint}"))(err)
+}
 
 /// An encoder that rewards and metrics may name.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -135,7 +143,7 @@ impl Encoder {
                 ))?))
             }
             EncoderConfig::Clap { dir } => Encoder::Clap(Box::new(
-                ClapEncoder::load(dir, device).map_err(Error::input(NO_CLAP))?,
+                ClapEncoder::load(dir, device).map_err(no_clap)?,
             )),
             EncoderConfig::Vae => Encoder::Vae,
         })

@@ -10,7 +10,7 @@ use dragon_rewards::{Exemplars, RewardConfig};
 use sha2::{Digest, Sha256};
 
 use crate::embed;
-use crate::embedder::{EmbedConfig, EncoderConfig, NO_CLAP};
+use crate::embedder::{EmbedConfig, EncoderConfig, no_clap};
 use crate::error::{Error, Result};
 use crate::run::hex;
 
@@ -80,7 +80,7 @@ impl Inputs {
 pub(crate) fn encoder_files(encoder: &EncoderConfig, bundle: &Path) -> Result<Vec<PathBuf>> {
     Ok(match encoder {
         EncoderConfig::Musicnn { weights } => vec![weights.clone()],
-        EncoderConfig::Clap { dir } => clap::files(dir).map_err(Error::input(NO_CLAP))?,
+        EncoderConfig::Clap { dir } => clap::files(dir).map_err(no_clap)?,
         EncoderConfig::Vae => inside(&bundle.join("vae"), &MODEL),
     })
 }

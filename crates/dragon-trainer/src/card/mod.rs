@@ -26,7 +26,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::bundle::Bundle;
-use crate::embedder::{Batch, EmbedConfig, Embedder, EncoderConfig};
+use crate::embedder::{Batch, EmbedConfig, Embedder, EncoderConfig, no_clap};
 use crate::error::{Error, Result};
 use crate::pretrain::clap::Retrieval;
 use crate::rollout::{self, TextCache};
@@ -361,7 +361,7 @@ impl Measure<'_> {
             _ => None,
         });
         let Some(dir) = dir else { return Ok(None) };
-        let clap = ClapEncoder::load(dir, &self.ctx.device).map_err(Error::input("cannot load CLAP"))?;
+        let clap = ClapEncoder::load(dir, &self.ctx.device).map_err(no_clap)?;
         Ok(Some(Retrieval::on_pieces(&clap, manifest, &self.cfg.splits, usize::MAX)?))
     }
 }
