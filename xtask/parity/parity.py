@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Compares our models with their reference implementations at the published sizes, stage by stage.
 
-Usage: cargo xtask parity clap|t5 [--only SUBSTRING]
+Usage: cargo xtask parity clap|t5|stable_audio [--only SUBSTRING]
 
 The published weights are not needed: the reference is built with seeded random weights at the full published
 configuration and written in the layout of the published files; both sides read those and see the same audio and texts.
-Makes a virtual environment with PyTorch, transformers and laion-clap from PyPI under target/peers; the checkpoints
-(up to 3 GB) lie under target/parity until the next run.
+Makes a virtual environment with PyTorch, transformers, diffusers and laion-clap from PyPI under target/peers; the checkpoints
+(up to 5.4 GB) lie under target/parity until the next run.
 
 For each stage: the largest absolute error, the same relative to the largest value, the smallest cosine of a row with its
 counterpart, and `spread`, the largest cosine between the rows of two different inputs (1 would mean that the random
@@ -33,6 +33,8 @@ PACKAGES = [
     "decorator==5.3.1", "audioread==3.1.0", "soxr==1.1.0", "msgpack==1.2.4", "pooch==1.9.0", "platformdirs==4.14.8",
     "packaging==26.4", "pyyaml==6.0.4", "regex==2026.11.19", "requests==2.34.2", "tqdm==4.70.1", "idna==3.20",
     "sentencepiece==0.2.3", "protobuf==7.36.2", "charset-normalizer==3.5.3", "urllib3==2.8.0", "certifi==2026.10.19.post1",
+    "diffusers==0.36.0", "importlib-metadata==10.2.0", "zipp==4.1.2", "pillow==13.0.0", "torchsde==0.2.6", "trampoline==0.1.2",
+    "httpx==0.28.1", "httpcore==1.0.9", "anyio==4.16.0", "h11==0.16.0", "sniffio==1.3.1",
 ]  # fmt: skip
 # Bars in f32: relative error of the front end, then cosine and absolute error of embeddings.
 MEL, COSINE, ABSOLUTE, T5 = 1e-5, 0.999999, 1e-4, 1e-4
@@ -246,14 +248,24 @@ def t5(binary, only):
         print(f"  PyTorch's bf16 is {theirs:.2e} from its f32; {facts['load_peak_mib']} MiB resident at most in bf16")
 
 
+def stable_audio(binary, _):
+    import stable_audio as pipeline
+
+    folder = WORK / "stable-audio-open-1.0"
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = captions()[:2]
+    tokenizer = t5_tokenizer(folder, captions() * 3)
+    pipeline.run(binary, folder, tokenizer, prompts, ours, compare, head)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["clap", "t5"])
+    parser.add_argument("model", choices=["clap", "t5", "stable_audio"])
     parser.add_argument("--only", default="", help="the checkpoints whose name contains this")
-    parser.add_argument("--binary", required=True, help="our side, an example of dragon-encoders")
+    parser.add_argument("--binary", required=True, help="our side, an example of the workspace")
     args = parser.parse_args()
     peers.environment(__file__, *PACKAGES)
-    {"clap": clap, "t5": t5}[args.model](args.binary, args.only)
+    {"clap": clap, "t5": t5, "stable_audio": stable_audio}[args.model](args.binary, args.only)
     if failed:
         sys.exit(f"beyond their bars: {', '.join(failed)}")
 

@@ -24,3 +24,4 @@ pub use guidance::{ConditionalDenoiser, Denoiser, Guidance, GuidanceKind};
 pub use model::{Config, Model};
 pub use sampler::{SamplerConfig, prompt_noise, prompts_noise, sample, sample_in_batches, sample_with};
 pub use solver::{Progress, Solver};
+pub use stable_audio::StableAudio;

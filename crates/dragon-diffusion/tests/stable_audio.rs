@@ -2,7 +2,8 @@
 
 use candle_core::{DType, Device, Tensor};
 use dragon_diffusion::solver::{dpmpp_2m_sde, keep_going};
-use dragon_diffusion::stable_audio::{Config, StableAudio, is_unneeded, stable_audio_tools};
+use dragon_diffusion::stable_audio::published::{is_unneeded, stable_audio_tools};
+use dragon_diffusion::stable_audio::{Conditions, Config, StableAudio};
 use dragon_diffusion::{Guidance, GuidanceKind, guidance::Guided};
 use dragon_nn::{Checkpoint, Loader, Source};
 use dragon_testkit::{Golden, Tol, assert_close};
@@ -74,7 +75,7 @@ fn twenty_guided_steps_match_the_sampler_of_diffusers() {
     }
     let tokens = golden.get("tokens").narrow(0, 0, 1).unwrap();
     let global = golden.get("glob").narrow(0, 0, 1).unwrap();
-    let conditions = dragon_diffusion::stable_audio::Conditions { tokens, global };
+    let conditions = Conditions { tokens, global };
     let first = golden.get("first");
     let conditioned = model.with_conditions(&conditions, first.dim(2).unwrap()).unwrap();
     let guidance = Guidance { kind: GuidanceKind::Cfg, scale: 7.0, ..Guidance::cfg_plus_plus(1.0) };

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 use dragon_diffusion::{Model, TextCond};
-use dragon_encoders::t5::{self, T5Encoder};
+use dragon_encoders::t5::T5Encoder;
 use dragon_encoders::tokenizer::{self, Tokenizer, TooLong};
 use dragon_nn::Params;
 use dragon_vae::AudioVae;
@@ -253,27 +253,36 @@ impl TextStates {
     /// # Errors
     /// If a file is missing or broken, or they do not fit each other.
     pub fn load(dir: &Path, max_tokens: usize, device: &Device) -> Result<Self> {
-        let config: t5::Config = read_json(&dir.join("config.json"))?;
-        let tokenizer = Tokenizer::load(dir.join("tokenizer.json")).map_err(Error::input(
+        Self::load_parts(dir, &dir.join("tokenizer.json"), max_tokens, device)
+    }
+
+    /// As [`Self::load`], with the tokenizer in a file of its own: T5 as diffusers' folders have it.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load_parts(dir: &Path, tokenizer: &Path, max_tokens: usize, device: &Device) -> Result<Self> {
+        let tokenizer = Tokenizer::load(tokenizer).map_err(Error::input(
             "cannot load the tokenizer\nhint: take tokenizer.json from the model's own training",
         ))?;
-        if tokenizer.vocab_size() > config.vocab_size {
+        let t5 =
+            T5Encoder::load(dir, DType::F32, device).map_err(Error::input("cannot load the text encoder"))?;
+        if tokenizer.vocab_size() > t5.config().vocab_size {
             return Err(Error::Content {
                 path: dir.to_owned(),
                 problem: format!(
                     "has {} tokens in tokenizer.json, but vocab_size {}",
                     tokenizer.vocab_size(),
-                    config.vocab_size
+                    t5.config().vocab_size
                 ),
                 hint: "take both files from one training".into(),
             });
         }
-        let trained = Params::new(0);
-        T5Encoder::new(&config, trained.builder(DType::F32, device))
-            .map_err(Error::input(format!("`{}` does not describe a T5 encoder", dir.display())))?;
-        load_weights(&trained, &dir.join("model.safetensors"))?;
-        let t5 = T5Encoder::new(&config, frozen(&trained, device))?;
         Ok(Self { tokenizer, t5, max_tokens, device: device.clone() })
+    }
+
+    /// Width of a state.
+    pub fn width(&self) -> usize {
+        self.t5.config().d_model
     }
 
     /// States and mask of prompts; prompts with too many tokens are cut, with a warning.

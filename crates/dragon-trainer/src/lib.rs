@@ -5,7 +5,7 @@
 //! [`pretrain::Task`] trait and the loop all trainings share), [`run`], [`inputs`] and [`checkpoint`] (run folders, the
 //! files that a run reads, exact resume), [`tensorboard`]; [`eval`] with [`report`], [`card`], [`generate`];
 //! [`embed`], [`song_encoder`], [`cache`] and [`sets`] (files to embeddings),
-//! [`score`] (any systems against a reference); [`mod@bench`] (how fast the parts are).
+//! [`score`] (any systems against a reference); [`mod@stable_audio`] (the published model); [`mod@bench`] (how fast the parts are).
 
 pub mod bench;
 pub mod bundle;
@@ -29,6 +29,7 @@ pub mod run;
 pub mod score;
 pub mod sets;
 pub mod song_encoder;
+pub mod stable_audio;
 pub mod tensorboard;
 
 pub use device::device;

@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result};
 use dragon_trainer::SamplerConfig;
 use dragon_trainer::generate::{self, GenerateConfig};
+use dragon_trainer::stable_audio;
 use serde::{Deserialize, Serialize};
 
 use super::{ConfigArgs, context};
@@ -21,7 +22,8 @@ Examples:
   dragon generate \"a slow harp melody\" \"a fast jig on a violin with drums\"
   dragon generate --prompts prompts.txt --variants 4 --out songs
   dragon generate \"a slow harp melody\" --tuned runs/finetune-per-song-fad
-  dragon generate \"a slow harp melody\" --seed 7 --set sampler.guidance.scale=0.8")]
+  dragon generate \"a slow harp melody\" --seed 7 --set sampler.guidance.scale=0.8
+  dragon generate \"a slow harp melody\" --model stable-audio-open-1.0 --set seconds=20")]
 pub struct Args {
     /// The prompts
     prompts: Vec<String>,
@@ -31,7 +33,7 @@ pub struct Args {
     /// Use this tuned diffusion model (or that of this run); short for --set tuned=DIR
     #[arg(long, value_name = "DIR")]
     tuned: Option<PathBuf>,
-    /// Model folder: vae/, t5/, dit/, bundle.json; short for --set model=DIR
+    /// Model folder: vae/, t5/, dit/, bundle.json, or Stable Audio Open as published; short for --set model=DIR
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// Songs of each prompt, with seeds N, N + 1 and so on; short for --set variants=N
@@ -62,6 +64,27 @@ struct GeneratePreset {
     sampler: SamplerConfig,
 }
 
+/// The preset presets/generate/stable-audio, for a published folder of Stable Audio Open.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StableAudioPreset {
+    seed: u64,
+    model: PathBuf,
+    seconds: f64,
+    n_frames: Option<usize>,
+    variants: usize,
+    batch: usize,
+    sampler: StableAudioSampler,
+}
+
+/// See [`StableAudioPreset`].
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StableAudioSampler {
+    n_steps: usize,
+    guidance_scale: f64,
+}
+
 /// Runs the command.
 pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     let mut overrides = args.config.overrides();
@@ -69,7 +92,8 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     overrides.extend(args.tuned.map(|dir| format!("tuned={}", settings::quoted(&dir))));
     overrides.extend(args.variants.map(|n| format!("variants={n}")));
     overrides.extend(args.steps.map(|n| format!("sampler.n_steps={n}")));
-    let preset: GeneratePreset = settings::resolve("generate/default", args.config.path(), &overrides)?;
+    let table = settings::table("generate/default", args.config.path(), &overrides)?;
+    let published = table.get("model").and_then(|model| model.as_str()).map(PathBuf::from);
     let mut prompts = args.prompts;
     if let Some(file) = &args.file {
         let text = std::fs::read_to_string(file)
@@ -78,6 +102,26 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     }
     let mut ctx = context(args.out, false, stop);
     ctx.device = dragon_trainer::device(&args.device)?;
+    if published.is_some_and(|dir| stable_audio::is_published(&dir)) {
+        let preset: StableAudioPreset =
+            settings::resolve("generate/stable-audio", args.config.path(), &overrides)?;
+        let config = stable_audio::Config {
+            seed: preset.seed,
+            model: preset.model,
+            seconds: preset.seconds,
+            n_frames: preset.n_frames,
+            n_steps: preset.sampler.n_steps,
+            guidance_scale: preset.sampler.guidance_scale,
+            batch: preset.batch,
+            variants: preset.variants,
+            prompts,
+        };
+        for file in stable_audio::run(&config, &ctx)? {
+            println!("{}", file.display());
+        }
+        return Ok(());
+    }
+    let preset: GeneratePreset = settings::resolve("generate/default", args.config.path(), &overrides)?;
     let config = GenerateConfig {
         seed: preset.seed,
         bundle: preset.model,
@@ -98,11 +142,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_preset_is_a_valid_config() {
+    fn the_presets_are_valid_configs() {
         let preset: GeneratePreset = settings::resolve("generate/default", None, &[]).unwrap();
         assert!(preset.variants > 0 && preset.tuned.is_none());
         settings::assert_every_key_is_shown("generate/default", |set| {
             settings::resolve::<GeneratePreset>("generate/default", None, set).map(drop)
+        });
+        let preset: StableAudioPreset = settings::resolve("generate/stable-audio", None, &[]).unwrap();
+        assert!(preset.variants > 0 && preset.n_frames.is_none());
+        settings::assert_every_key_is_shown("generate/stable-audio", |set| {
+            settings::resolve::<StableAudioPreset>("generate/stable-audio", None, set).map(drop)
         });
     }
 }

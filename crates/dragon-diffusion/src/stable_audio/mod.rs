@@ -3,16 +3,18 @@
 //!
 //! References: diffusers 0.42 (Apache-2.0), `StableAudioDiTModel`, `StableAudioProjectionModel` and
 //! `CosineDPMSolverMultistepScheduler`; stable-audio-tools 0.0.19 (MIT), `models/dit.py`. Tensors have diffusers' names;
-//! [`stable_audio_tools`] leads to those of stable-audio-tools. Golden tests: `tests/stable_audio.rs`.
+//! [`published`] leads to those of stable-audio-tools. Golden tests: `tests/stable_audio.rs`.
 //!
 //! In short: a token for the noise level and the numbers comes before the latent frames; each block is self-attention with
 //! rotary positions, attention to the texts and numbers, and a SwiGLU layer, all with layer norms before them and no
 //! modulation. The network predicts the velocity `v`, which is EDM preconditioning with `-c_out` and another `c_noise`.
 
+pub mod published;
+
 use crate::guidance::{ConditionalDenoiser, Denoiser};
 use candle_core::{D, Device, Result, Tensor, bail};
 use candle_nn::{Module, VarBuilder};
-use dragon_nn::{LayerNorm, Linear, Rotary, Source};
+use dragon_nn::{LayerNorm, Linear, Rotary};
 use serde::{Deserialize, Serialize};
 
 /// Epsilon of all layer norms.
@@ -117,9 +119,17 @@ impl StableAudio {
     /// # Errors
     /// If the config contradicts itself, or a tensor is missing or misshapen.
     pub fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
+        Self::from_parts(cfg, vb.pp("transformer"), vb.pp("projection_model"))
+    }
+
+    /// As [`Self::new`], with network and conditioners from two sources.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn from_parts(cfg: &Config, transformer: VarBuilder, projection_model: VarBuilder) -> Result<Self> {
         Ok(Self {
-            dit: StableAudioDit::new(cfg, vb.pp("transformer"))?,
-            numbers: NumberConditioners::new(cfg, vb.pp("projection_model"))?,
+            dit: StableAudioDit::new(cfg, transformer)?,
+            numbers: NumberConditioners::new(cfg, projection_model)?,
         })
     }
 
@@ -198,61 +208,6 @@ impl Denoiser for Conditioned<'_> {
     fn denoise(&self, x: &Tensor, sigma: f64) -> Result<Tensor> {
         self.conditional(x, sigma)
     }
-}
-
-/// Where a checkpoint of stable-audio-tools (`model.safetensors` beside `model_config.json`) has the tensor `name` of
-/// [`StableAudio`]; it keeps queries, keys and values in one tensor. For names of other parts: the name itself.
-pub fn stable_audio_tools(name: &str) -> Source {
-    tools_source(name).unwrap_or_else(|| Source::from(name.to_string()))
-}
-
-/// What such a checkpoint has that is computed here: the frequencies of the rotary positions.
-pub fn is_unneeded(name: &str) -> bool {
-    name.ends_with("rotary_pos_emb.inv_freq")
-}
-
-fn tools_source(name: &str) -> Option<Source> {
-    if let Some(rest) = name.strip_prefix("projection_model.") {
-        let (which, rest) = rest.split_once("_number_conditioner.time_positional_embedding.")?;
-        let which = if which == "start" { "seconds_start" } else { "seconds_total" };
-        return Some(format!("conditioner.conditioners.{which}.embedder.embedding.{rest}").into());
-    }
-    let (part, rest) = name.strip_prefix("transformer.")?.split_once('.')?;
-    let path = match part {
-        "time_proj" => "timestep_features",
-        "timestep_proj" => "to_timestep_embed",
-        "global_proj" => "to_global_embed",
-        "cross_attention_proj" => "to_cond_embed",
-        "proj_in" => "transformer.project_in",
-        "proj_out" => "transformer.project_out",
-        "transformer_blocks" => return block_source(rest),
-        other => other, // the convolutions
-    };
-    Some(format!("model.model.{path}.{rest}").into())
-}
-
-fn block_source(name: &str) -> Option<Source> {
-    let (index, rest) = name.split_once('.')?;
-    let (part, rest) = rest.split_once('.')?;
-    let layer = format!("model.model.transformer.layers.{index}");
-    let norm = |which: &str| {
-        let tensor = if rest == "weight" { "gamma" } else { "beta" };
-        Some(Source::from(format!("{layer}.{which}.{tensor}")))
-    };
-    let (attention, fused) = match part {
-        "norm1" => return norm("pre_norm"),
-        "norm2" => return norm("cross_attend_norm"),
-        "norm3" => return norm("ff_norm"),
-        "ff" => return Some(format!("{layer}.ff.ff.{}", rest.strip_prefix("net.")?).into()),
-        "attn1" => ("self_attn", ["to_q.weight", "to_k.weight", "to_v.weight"].as_slice()),
-        "attn2" => ("cross_attn", ["to_k.weight", "to_v.weight"].as_slice()),
-        _ => return None,
-    };
-    if let Some(i) = fused.iter().position(|name| *name == rest) {
-        let together = if part == "attn1" { "to_qkv" } else { "to_kv" };
-        return Some(Source::part(format!("{layer}.{attention}.{together}.weight"), i, fused.len()));
-    }
-    Some(format!("{layer}.{attention}.{}", rest.replace("to_out.0", "to_out")).into())
 }
 
 /// What a generation is told: texts and numbers.

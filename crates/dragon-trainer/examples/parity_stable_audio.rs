@@ -1,0 +1,75 @@
+//! Our side of `cargo xtask parity stable_audio`: every stage of the published pipeline on given noise.
+//!
+//! Usage: parity_stable_audio FOLDER PROMPTS SECONDS STEPS SCALE NOISE OUT
+//! PROMPTS: a prompt a line; NOISE: a safetensors file with `noise` `[STEPS + 1, B, C, T]`, `x` `[B, C, T]`, `t` `[B]` and
+//! `audio` `[B, 2, N]`; OUT: one with `states`, `tokens`, `network`, `latents`, `decoded` and `encoded`.
+
+use candle_core::{DType, Device, Tensor};
+use dragon_diffusion::solver::keep_going;
+use dragon_trainer::stable_audio::{Pipeline, Sampling};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Instant;
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [folder, prompts, seconds, steps, scale, noise, out] = arguments.as_slice() else {
+        return Err("expected FOLDER PROMPTS SECONDS STEPS SCALE NOISE OUT".into());
+    };
+    // As the `dragon` binary does.
+    rayon::ThreadPoolBuilder::new().use_current_thread().build_global()?;
+    let start = Instant::now();
+    let pipeline = Pipeline::load(Path::new(folder), &Device::Cpu)?;
+    println!("load_s {:.3}", start.elapsed().as_secs_f64());
+    println!("load_peak_mib {:.0}", peak_mib());
+    let given = candle_core::safetensors::load(noise, &Device::Cpu)?;
+    let prompts = std::fs::read_to_string(prompts)?;
+    let prompts: Vec<&str> = prompts.lines().collect();
+    let sampling = Sampling {
+        seconds: seconds.parse()?,
+        n_frames: given["x"].dim(2)?,
+        n_steps: steps.parse()?,
+        guidance_scale: scale.parse()?,
+    };
+    let mut tensors = BTreeMap::new();
+
+    let text = pipeline.text.encode(&prompts)?;
+    let lengths = vec![(0.0, sampling.seconds); prompts.len()];
+    let conditions = pipeline.model.numbers.conditions(&text.states, &text.mask, &lengths)?;
+    tensors.insert("states".into(), text.states.clone());
+    tensors.insert("tokens".into(), conditions.tokens.clone());
+    let context = pipeline.model.dit.context(&conditions, sampling.n_frames)?.detach();
+    let start = Instant::now();
+    let network = pipeline.model.dit.forward(&given["x"], &given["t"], &context)?;
+    println!("network_s {:.3}", start.elapsed().as_secs_f64());
+    tensors.insert("network".into(), network);
+
+    let mut rows = 0..given["noise"].dim(0)?;
+    let mut noise = || given["noise"].get(rows.next().expect("noise for every step"));
+    let start = Instant::now();
+    let latents =
+        pipeline.sample(&prompts, &sampling, &mut noise, &mut keep_going)?.expect("nobody stops it");
+    println!("sampling_s {:.3}", start.elapsed().as_secs_f64());
+    let start = Instant::now();
+    // The same latents as the reference decodes: an error is then the decoder's own.
+    let decoded = pipeline.vae.decode(&given["latents"])?;
+    println!("decode_s {:.3}", start.elapsed().as_secs_f64());
+    let start = Instant::now();
+    let encoded = pipeline.vae.encode(&given["audio"])?;
+    println!("encode_s {:.3}", start.elapsed().as_secs_f64());
+    println!("peak_mib {:.0}", peak_mib());
+    tensors.insert("latents".into(), latents);
+    tensors.insert("decoded".into(), decoded);
+    let std = (encoded.log_var * 0.5)?.exp()?;
+    tensors.insert("encoded".into(), Tensor::cat(&[encoded.mean, std], 1)?);
+    let tensors = tensors.into_iter().map(|(name, t)| Ok((name, t.to_dtype(DType::F32)?)));
+    let tensors: BTreeMap<String, Tensor> = tensors.collect::<candle_core::Result<_>>()?;
+    Ok(dragon_nn::write_safetensors(out, &tensors, &BTreeMap::new())?)
+}
+
+/// Peak of this process's resident memory; 0 where the system does not tell.
+fn peak_mib() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<f64>().ok()).unwrap_or(0.0) / 1024.0
+}
