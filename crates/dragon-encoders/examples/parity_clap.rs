@@ -8,6 +8,10 @@ use dragon_encoders::clap::ClapEncoder;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+/// That of the `dragon` binary.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [checkpoint, clips, captions, out] = arguments.as_slice() else {
@@ -28,9 +32,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let start = Instant::now();
     let log_mel = encoder.log_mel(&clips)?;
     println!("log_mel_s {:.3}", start.elapsed().as_secs_f64());
-    let start = Instant::now();
-    let embedding = encoder.model.audio_branch.forward(&log_mel)?;
-    println!("audio_s {:.3}", start.elapsed().as_secs_f64());
+    let (embedding, seconds) = faster_of_two(|| encoder.model.audio_branch.forward(&log_mel))?;
+    println!("audio_s {seconds:.3}");
     let rows = |rows: Vec<Vec<f32>>| Tensor::new(rows, &device);
     let audio = rows(encoder.embed_clips(&clips)?)?;
 
@@ -54,6 +57,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let tensors: BTreeMap<String, Tensor> =
         tensors.into_iter().map(|(name, tensor)| (name.to_string(), tensor)).collect();
     Ok(dragon_nn::write_safetensors(out, &tensors, &BTreeMap::new())?)
+}
+
+/// The first pass finds memory and threads cold.
+fn faster_of_two(run: impl Fn() -> candle_core::Result<Tensor>) -> candle_core::Result<(Tensor, f64)> {
+    let timed = || {
+        let start = Instant::now();
+        run().map(|tensor| (tensor, start.elapsed().as_secs_f64()))
+    };
+    let (first, second) = (timed()?, timed()?);
+    Ok(if first.1 < second.1 { first } else { second })
 }
 
 /// Peak of this process's resident memory; 0 where the system does not tell.

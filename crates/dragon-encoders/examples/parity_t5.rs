@@ -3,16 +3,20 @@
 //! Usage: parity_t5 FOLDER TEXTS f32|bf16 OUT
 //! TEXTS: a text a line; OUT: a safetensors file with `ids` and `states` (in f32).
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Result, Tensor};
 use dragon_encoders::t5::T5Encoder;
 use dragon_encoders::tokenizer::{Tokenizer, TooLong};
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+/// That of the `dragon` binary.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Length to which texts are padded or cut.
 const N_TOKENS: usize = 64;
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [folder, texts, dtype, out] = arguments.as_slice() else {
         return Err("expected FOLDER TEXTS f32|bf16 OUT".into());
@@ -28,12 +32,21 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let texts = std::fs::read_to_string(texts)?;
     let texts: Vec<&str> = texts.lines().collect();
     let tokens = tokenizer.encode_batch(&texts, N_TOKENS, TooLong::Truncate, &device)?;
-    let start = Instant::now();
-    let states = encoder.forward(&tokens.ids, &tokens.mask)?;
-    println!("texts_s {:.3}", start.elapsed().as_secs_f64());
+    let (states, seconds) = faster_of_two(|| encoder.forward(&tokens.ids, &tokens.mask))?;
+    println!("texts_s {seconds:.3}");
     let ids = tokens.ids.to_dtype(DType::I64)?;
     let tensors = BTreeMap::from([("ids".into(), ids), ("states".into(), states.to_dtype(DType::F32)?)]);
     Ok(dragon_nn::write_safetensors(out, &tensors, &BTreeMap::new())?)
+}
+
+/// The first pass finds memory and threads cold.
+fn faster_of_two(run: impl Fn() -> Result<Tensor>) -> Result<(Tensor, f64)> {
+    let timed = || {
+        let start = Instant::now();
+        run().map(|tensor| (tensor, start.elapsed().as_secs_f64()))
+    };
+    let (first, second) = (timed()?, timed()?);
+    Ok(if first.1 < second.1 { first } else { second })
 }
 
 /// Peak of this process's resident memory; 0 where the system does not tell.
