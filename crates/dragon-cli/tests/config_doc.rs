@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 /// The presets in the order of the documentation, with the command that reads each.
-const PRESETS: [(&str, &str); 17] = [
+const PRESETS: [(&str, &str); 18] = [
     ("finetune/per-song-fad", "dragon finetune"),
     ("finetune/clap-score", "dragon finetune --preset clap-score"),
     ("finetune/per-song-fad-text", "dragon finetune --preset per-song-fad-text"),
@@ -16,6 +16,7 @@ const PRESETS: [(&str, &str); 17] = [
     ("eval/default", "dragon eval"),
     ("card/default", "dragon card"),
     ("generate/default", "dragon generate"),
+    ("generate/stable-audio", "dragon generate --model DIR"),
     ("embed/default", "dragon embed, stats"),
     ("score/default", "dragon score"),
     ("data/fetch", "dragon data fetch"),

@@ -253,6 +253,13 @@ type Parts = (StableAudio, AudioVae, TextStates, usize);
 fn diffusers(dir: &Path, device: &Device) -> Result<Parts> {
     let refuse = |folder: &str| refuse(dir.join(folder).join("config.json"));
     let config = |folder: &str| read_json::<Value>(&dir.join(folder).join("config.json"));
+    let index = dir.join("model_index.json");
+    let class = &read_json::<Value>(&index)?["_class_name"];
+    if class != "StableAudioPipeline" {
+        return Err(self::refuse(index)(format!(
+            "`_class_name`: expected \"StableAudioPipeline\", found {class}"
+        )));
+    }
     let published: Published =
         published::from_diffusers(&config("transformer")?, &config("projection_model")?)
             .map_err(refuse("transformer"))?;

@@ -198,5 +198,8 @@ fn what_cannot_work_is_said() {
     write_json(&model.join("model_config.json"), json!({"model": {"pretransform": {"type": "wavelet"}}}));
     let said = message(config(&model));
     assert!(said.contains("model_config.json") && said.contains("wavelet"), "{said}");
+    write_json(&model.join("model_index.json"), json!({"_class_name": "AudioLDMPipeline"}));
+    let said = message(config(&model));
+    assert!(said.contains("AudioLDMPipeline"), "{said}");
     assert!(!out.exists());
 }

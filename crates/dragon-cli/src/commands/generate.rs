@@ -103,6 +103,11 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     let mut ctx = context(args.out, false, stop);
     ctx.device = dragon_trainer::device(&args.device)?;
     if published.is_some_and(|dir| stable_audio::is_published(&dir)) {
+        if overrides.iter().any(|item| item.starts_with("tuned=")) {
+            anyhow::bail!(
+                "Stable Audio Open cannot be tuned yet\nhint: leave --tuned out, or name our own model folder"
+            );
+        }
         let preset: StableAudioPreset =
             settings::resolve("generate/stable-audio", args.config.path(), &overrides)?;
         let config = stable_audio::Config {
