@@ -3,6 +3,14 @@
 use super::gemm::{Packed, Rows, product, weight_gradient};
 use super::{Real, filled, for_each};
 
+/// With so few rows, and weights of at least [`LARGE`] elements, packing all weights costs as much as the product. Then each
+/// task packs [`PART`] columns for itself and uses them while they are in the second-level cache. No sum changes its order.
+const FEW_ROWS: usize = 1024;
+/// See [`FEW_ROWS`].
+const LARGE: usize = 1 << 18;
+/// See [`FEW_ROWS`].
+const PART: usize = 64;
+
 /// Geometry of a correlation from `[B, t_in, c_in]` to `[B, t_out, c_out]` with weights `[c_out, c_in/groups, taps]`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Geometry {
@@ -73,9 +81,24 @@ pub(crate) fn correlate<T: Real>(x: &[T], w: &[T], bias: Option<&[T]>, geo: &Geo
     unsafe {
         filled(geo.batch * geo.t_out * geo.c_out, |out| {
             for group in 0..geo.groups {
-                let packed = Packed::new(w, (k, ig, og), |tap| group * og * ig * k + tap, (k, ig * k));
+                let x = &x[(group * ig).min(x.len())..];
                 let bias = bias.map(|b| &b[group * og..(group + 1) * og]);
-                product(&x[(group * ig).min(x.len())..], packed.all(), bias, out, &geo.rows(&taps, group));
+                let rows = geo.rows(&taps, group);
+                // The columns of the product from `first` on.
+                let some = |first: usize, n: usize, rows: &Rows| {
+                    let start = |tap| (group * og + first) * ig * k + tap;
+                    let packed = Packed::new(w, (k, ig, n), start, (k, ig * k));
+                    product(x, packed.all(), bias.map(|b| &b[first..first + n]), out.from(first), rows);
+                };
+                if geo.batch * geo.t_out <= FEW_ROWS && og * ig * k >= LARGE {
+                    let work = geo.batch * geo.t_out * og * ig * k / 8;
+                    for_each(og.div_ceil(PART), work, |part| {
+                        let first = part * PART;
+                        some(first, PART.min(og - first), &Rows { parallel: false, ..rows });
+                    });
+                } else {
+                    some(0, og, &rows);
+                }
             }
         })
     }
