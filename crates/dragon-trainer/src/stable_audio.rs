@@ -93,10 +93,11 @@ impl Pipeline {
     /// # Errors
     /// If a file is missing or broken, describes another model, or its tensors do not fit (all are listed).
     pub fn load(dir: &Path, device: &Device) -> Result<Self> {
-        let (model, vae, text, n_frames) = if dir.join("model_index.json").is_file() {
-            diffusers(dir, device)?
-        } else {
-            stable_audio_tools(dir, device)?
+        let described = Described::read(dir)?;
+        let n_frames = described.published.n_frames;
+        let (model, vae, text) = match described.layout {
+            Layout::Diffusers => diffusers(dir, &described, device)?,
+            Layout::StableAudioTools => stable_audio_tools(dir, &described, device)?,
         };
         let (theirs, ours) = (vae.config().latent_dim, model.dit.config().latent_channels);
         if theirs != ours || text.width() != model.dit.config().cond_dim {
@@ -223,6 +224,7 @@ pub fn run(cfg: &Config, ctx: &RunContext) -> Result<Vec<PathBuf>> {
         let expected = format!("above 0 and at most {longest:.3}, the length of the latents");
         return Err(Error::config("seconds", expected, cfg.seconds));
     }
+    let pipeline = Pipeline::load(&cfg.model, &ctx.device)?;
     std::fs::create_dir_all(&ctx.out_dir).map_err(Error::io("create", &ctx.out_dir))?;
     let variants = 0..cfg.variants as u64;
     let jobs: Vec<(&str, u64)> = cfg
@@ -248,33 +250,48 @@ pub fn run(cfg: &Config, ctx: &RunContext) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-type Parts = (StableAudio, AudioVae, TextStates, usize);
+/// What the configs of a folder say.
+struct Described {
+    published: Published,
+    vae: dragon_vae::Config,
+    layout: Layout,
+}
 
-fn diffusers(dir: &Path, device: &Device) -> Result<Parts> {
-    let refuse = |folder: &str| refuse(dir.join(folder).join("config.json"));
-    let config = |folder: &str| read_json::<Value>(&dir.join(folder).join("config.json"));
-    let index = dir.join("model_index.json");
-    let class = &read_json::<Value>(&index)?["_class_name"];
-    if class != "StableAudioPipeline" {
-        return Err(self::refuse(index)(format!(
-            "`_class_name`: expected \"StableAudioPipeline\", found {class}"
-        )));
+impl Described {
+    fn read(dir: &Path) -> Result<Self> {
+        let index = dir.join("model_index.json");
+        if !index.is_file() {
+            let path = dir.join("model_config.json");
+            let json: Value = read_json(&path)?;
+            let (vae, layout) = dragon_vae::published::read_config(&json).map_err(refuse(path.clone()))?;
+            let published = published::from_stable_audio_tools(&json, vae.hop()).map_err(refuse(path))?;
+            return Ok(Self { published, vae, layout });
+        }
+        let class = &read_json::<Value>(&index)?["_class_name"];
+        if class != "StableAudioPipeline" {
+            let problem = format!("`_class_name`: expected \"StableAudioPipeline\", found {class}");
+            return Err(refuse(index)(problem));
+        }
+        let path = |folder: &str| dir.join(folder).join("config.json");
+        let config = |folder: &str| read_json::<Value>(&path(folder));
+        let published = published::from_diffusers(&config("transformer")?, &config("projection_model")?)
+            .map_err(refuse(path("transformer")))?;
+        let (vae, layout) =
+            dragon_vae::published::read_config(&config("vae")?).map_err(refuse(path("vae")))?;
+        Ok(Self { published, vae, layout })
     }
-    let published: Published =
-        published::from_diffusers(&config("transformer")?, &config("projection_model")?)
-            .map_err(refuse("transformer"))?;
-    let (vae_config, layout) = dragon_vae::published::read_config(&config("vae")?).map_err(refuse("vae"))?;
+}
 
+type Parts = (StableAudio, AudioVae, TextStates);
+
+fn diffusers(dir: &Path, described: &Described, device: &Device) -> Result<Parts> {
+    let Described { published, vae, layout } = described;
     // Each folder's files hold the names below the folder's.
-    let open = |folder: &str| Checkpoint::open(dir.join(folder));
-    let (transformer, projection) =
-        (open("transformer").map_err(weights)?, open("projection_model").map_err(weights)?);
+    let open = |folder: &str| Checkpoint::open(dir.join(folder)).map_err(weights);
     let below =
         |prefix: &'static str| move |name: &str| vec![name.strip_prefix(prefix).unwrap_or(name).to_string()];
-    let (dit, numbers) = (
-        Loader::new(transformer, below("transformer.")),
-        Loader::new(projection, below("projection_model.")),
-    );
+    let dit = Loader::new(open("transformer")?, below("transformer."));
+    let numbers = Loader::new(open("projection_model")?, below("projection_model."));
     let model = StableAudio::from_parts(
         &published.config,
         dit.builder(DType::F32, device).pp("transformer"),
@@ -284,20 +301,17 @@ fn diffusers(dir: &Path, device: &Device) -> Result<Parts> {
     dit.finish(|_| false).map_err(weights)?;
     numbers.finish(|_| false).map_err(weights)?;
 
-    let vae = Loader::new(open("vae").map_err(weights)?, move |name| vec![layout.name(name)]);
-    let autoencoder =
-        AudioVae::new(&vae_config, vae.builder(DType::F32, device)).map_err(not_described(dir))?;
-    vae.finish(|_| false).map_err(weights)?;
+    let layout = *layout;
+    let loader = Loader::new(open("vae")?, move |name| vec![layout.name(name)]);
+    let vae = AudioVae::new(vae, loader.builder(DType::F32, device)).map_err(not_described(dir))?;
+    loader.finish(|_| false).map_err(weights)?;
     let tokenizer = dir.join("tokenizer/tokenizer.json");
     let text = TextStates::load_parts(&dir.join("text_encoder"), &tokenizer, published.max_tokens, device)?;
-    Ok((model, autoencoder, text, published.n_frames))
+    Ok((model, vae, text))
 }
 
-fn stable_audio_tools(dir: &Path, device: &Device) -> Result<Parts> {
-    let path = dir.join("model_config.json");
-    let json: Value = read_json(&path)?;
-    let (vae_config, layout) = dragon_vae::published::read_config(&json).map_err(refuse(path.clone()))?;
-    let published = published::from_stable_audio_tools(&json, vae_config.hop()).map_err(refuse(path))?;
+fn stable_audio_tools(dir: &Path, described: &Described, device: &Device) -> Result<Parts> {
+    let Described { published, vae, layout } = described;
     let t5 = dir.join("t5-base");
     if !t5.is_dir() {
         return Err(Error::Data {
@@ -308,18 +322,18 @@ fn stable_audio_tools(dir: &Path, device: &Device) -> Result<Parts> {
         });
     }
     // One file holds network, conditioners and autoencoder.
-    let loader =
-        Loader::new(Checkpoint::open(dir).map_err(weights)?, move |name| match name.strip_prefix("vae.") {
-            Some(name) => vec![format!("pretransform.model.{}", layout.name(name)).into()],
-            None => vec![published::stable_audio_tools(name)],
-        });
-    debug_assert_eq!(layout, Layout::StableAudioTools);
+    let layout = *layout;
+    let checkpoint = Checkpoint::open(dir).map_err(weights)?;
+    let loader = Loader::new(checkpoint, move |name| match name.strip_prefix("vae.") {
+        Some(name) => vec![format!("pretransform.model.{}", layout.name(name)).into()],
+        None => vec![published::stable_audio_tools(name)],
+    });
     let vb = loader.builder(DType::F32, device);
     let model = StableAudio::new(&published.config, vb.clone()).map_err(not_described(dir))?;
-    let vae = AudioVae::new(&vae_config, vb.pp("vae")).map_err(not_described(dir))?;
+    let vae = AudioVae::new(vae, vb.pp("vae")).map_err(not_described(dir))?;
     loader.finish(published::is_unneeded).map_err(weights)?;
     let text = TextStates::load_parts(&t5, &t5.join("tokenizer.json"), published.max_tokens, device)?;
-    Ok((model, vae, text, published.n_frames))
+    Ok((model, vae, text))
 }
 
 fn refuse(path: PathBuf) -> impl FnOnce(String) -> Error {
