@@ -111,6 +111,16 @@ fn large_products_equal_the_plain_ones() {
 }
 
 #[test]
+fn rows_of_a_large_linear_do_not_depend_on_their_number() {
+    // More than 1024 rows and fewer take different ways through 2^18 weights; 129 columns are two parts and one more.
+    let x = noise("x", &[1030, 2100]).to_dtype(DType::F32).unwrap();
+    let w = noise("w", &[129, 2100]).to_dtype(DType::F32).unwrap();
+    let all: Vec<Vec<f32>> = linear(&x, &w, None).unwrap().to_vec2().unwrap();
+    let some: Vec<Vec<f32>> = linear(&x.narrow(0, 3, 7).unwrap(), &w, None).unwrap().to_vec2().unwrap();
+    assert_eq!(some, all[3..10]);
+}
+
+#[test]
 fn rows_of_linear_do_not_depend_on_their_number() {
     for (n_in, n_out) in [(1, 1), (2, 3), (7, 1), (64, 16), (300, 33), (1100, 70)] {
         let x = noise("x", &[97, n_in]).to_dtype(DType::F32).unwrap();

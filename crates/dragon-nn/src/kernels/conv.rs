@@ -92,9 +92,12 @@ pub(crate) fn correlate<T: Real>(x: &[T], w: &[T], bias: Option<&[T]>, geo: &Geo
                 };
                 if geo.batch * geo.t_out <= FEW_ROWS && og * ig * k >= LARGE {
                     let work = geo.batch * geo.t_out * og * ig * k / 8;
-                    for_each(og.div_ceil(PART), work, |part| {
-                        let first = part * PART;
-                        some(first, PART.min(og - first), &Rows { parallel: false, ..rows });
+                    // The last takes the rest too: a column on its own would be summed in another order.
+                    let n_parts = (og / PART).max(1);
+                    for_each(n_parts, work, |part| {
+                        let (first, end) =
+                            (part * PART, if part + 1 == n_parts { og } else { (part + 1) * PART });
+                        some(first, end - first, &Rows { parallel: false, ..rows });
                     });
                 } else {
                     some(0, og, &rows);

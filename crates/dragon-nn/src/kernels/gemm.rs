@@ -356,7 +356,7 @@ impl<T: Real> Tile<'_, T> {
 /// `g` holds the rows of the result's gradient: row `r` of an example starts at `r * out_step + out_start`.
 ///
 /// # Safety
-/// As for [`product`], with `g` in the place of `out`; `out` has `taps · width · n` elements, written if `add`.
+/// As for [`product`], with `g` in the place of `out`; `out` has `taps · width · n` elements, which hold numbers if `add`.
 pub(crate) unsafe fn weight_gradient<T: Real>(
     x: &[T],
     g: &[T],
