@@ -194,7 +194,7 @@ pub fn run(cfg: &Config, ctx: &RunContext) -> Result<Vec<PathBuf>> {
     for (key, value) in [
         ("batch", cfg.batch),
         ("variants", cfg.variants),
-        ("n_steps", cfg.n_steps),
+        ("sampler.n_steps", cfg.n_steps),
         ("n_frames", cfg.n_frames.unwrap_or(1)),
     ] {
         if value == 0 {
@@ -202,7 +202,7 @@ pub fn run(cfg: &Config, ctx: &RunContext) -> Result<Vec<PathBuf>> {
         }
     }
     if !(cfg.guidance_scale.is_finite() && cfg.guidance_scale >= 1.0) {
-        return Err(Error::config("guidance_scale", "a number of at least 1", cfg.guidance_scale));
+        return Err(Error::config("sampler.guidance_scale", "a number of at least 1", cfg.guidance_scale));
     }
     if let Some(i) = cfg.prompts.iter().position(|prompt| prompt.trim().is_empty()) {
         return Err(Error::Data {

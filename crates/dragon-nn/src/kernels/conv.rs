@@ -3,8 +3,9 @@
 use super::gemm::{Packed, Rows, product, weight_gradient};
 use super::{Real, filled, for_each};
 
-/// With so few rows, and weights of at least [`LARGE`] elements, packing all weights costs as much as the product. Then each
-/// task packs [`PART`] columns for itself and uses them while they are in the second-level cache. No sum changes its order.
+/// With so few rows, and weights of at least [`LARGE`] elements, packing all weights to memory first is much of the work (a
+/// quarter of a network of 1.06 G parameters on 196 rows). Then each task packs [`PART`] columns for itself and uses them
+/// while they are in the second-level cache. No sum changes its order.
 const FEW_ROWS: usize = 1024;
 /// See [`FEW_ROWS`].
 const LARGE: usize = 1 << 18;
