@@ -442,8 +442,14 @@ impl Block {
         let mixed = dragon_nn::attention(&query, &key, &value, self.heads, bias, scale)?; // [B, T, width]
         let h = dragon_nn::gated_add(h, &m[2], &self.attention_out.forward(&mixed)?)?;
         let x = dragon_nn::ada_layer_norm(&h, &m[3], &m[4], NORM_EPS)?;
-        let x = dragon_nn::swiglu_feed_forward(&x, &self.ffn_in.weight, &self.ffn_out.weight)?;
-        dragon_nn::gated_add(&h, &m[5], &x)
+        dragon_nn::gated_add(&h, &m[5], &self.feed_forward(&x)?)
+    }
+
+    fn feed_forward(&self, x: &Tensor) -> Result<Tensor> {
+        if self.ffn_in.is_plain() && self.ffn_out.is_plain() {
+            return dragon_nn::swiglu_feed_forward(x, &self.ffn_in.weight, &self.ffn_out.weight);
+        }
+        self.ffn_out.forward(&dragon_nn::swiglu(&self.ffn_in.forward(x)?)?)
     }
 
     fn text_keys_values(&self, tokens: &Tensor) -> Result<(Tensor, Tensor)> {

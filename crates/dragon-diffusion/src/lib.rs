@@ -3,9 +3,9 @@
 //! In reading order:
 //! - [`edm`]: noise levels, preconditioning and loss weights;
 //! - [`guidance`]: what a solver sees of a model, CFG and CFG++;
-//! - [`solver`]: DPM-Solver++(2M) and (2S), Heun;
+//! - [`solver`]: DPM-Solver++(2M), as ODE and SDE, and (2S), Heun;
 //! - [`dit`]: the network;
-//! - [`model`]: network and preconditioning together;
+//! - [`model`]: what training and sampling need of a model; network and preconditioning together;
 //! - [`sampler`]: from prompts' noise to latents;
 //! - [`stable_audio`]: the network of Stable Audio Open.
 
@@ -21,7 +21,7 @@ pub mod stable_audio;
 pub use dit::{Dit, TextCond};
 pub use edm::{Edm, Weighting, denoising_errors};
 pub use guidance::{ConditionalDenoiser, Denoiser, Guidance, GuidanceKind};
-pub use model::{Config, Model};
-pub use sampler::{SamplerConfig, prompt_noise, prompts_noise, sample, sample_in_batches, sample_with};
+pub use model::{Conditioned, Config, Denoise, DiffusionModel, Model};
+pub use sampler::{Noise, SamplerConfig, sample, sample_in_batches, sample_with};
 pub use solver::{Progress, Solver};
 pub use stable_audio::StableAudio;

@@ -1,4 +1,4 @@
-//! The preconditioned model: [`Dit`] and [`Edm`] together, for training ([`Model::denoise_batch`]) and for sampling ([`Conditioned`]).
+//! What training and sampling need of a diffusion model ([`DiffusionModel`]), and our own: [`Dit`] and [`Edm`] together.
 
 use candle_core::{Device, Result, Tensor, bail};
 use candle_nn::VarBuilder;
@@ -6,7 +6,69 @@ use serde::{Deserialize, Serialize};
 
 use crate::dit::{self, Context, Dit, TextCond};
 use crate::edm::Edm;
-use crate::guidance::{ConditionalDenoiser, Denoiser};
+use crate::guidance::ConditionalDenoiser;
+
+/// Denoised estimates `[B, C, T]` of noisy latents `x0 + sigma * n`, `[B, C, T]`, with a noise level above 0 for each of `B`
+/// examples: a model with the texts of a batch. Carries gradients.
+pub type Denoise<'a> = Box<dyn Fn(&Tensor, &[f64]) -> Result<Tensor> + 'a>;
+
+/// A text-to-music diffusion model, as training and sampling see it.
+pub trait DiffusionModel {
+    /// Its noise levels: those it was trained at, and what a loss weighs errors by.
+    fn edm(&self) -> &Edm;
+
+    /// The `n_steps + 1` noise levels of a sampling run; the last is 0.
+    fn schedule(&self, n_steps: usize) -> Vec<f64> {
+        self.edm().schedule(n_steps)
+    }
+
+    /// Standard deviation of what a run from noise level `sigma` starts with.
+    fn start_deviation(&self, sigma: f64) -> f64 {
+        sigma
+    }
+
+    /// The model with the texts of a batch; where `drop` is true, without.
+    ///
+    /// # Errors
+    /// If the shapes do not fit the model.
+    fn with_texts(&self, cond: &TextCond, drop: Option<&[bool]>, n_frames: usize) -> Result<Denoise<'_>>;
+
+    /// The model without the texts of a batch: all of [`Self::with_texts`] dropped.
+    ///
+    /// # Errors
+    /// As there.
+    fn without_texts(&self, cond: &TextCond, n_frames: usize) -> Result<Denoise<'_>>;
+}
+
+/// A model with the texts of a batch, for sampling: its estimates carry no gradient, so that a run keeps no history.
+pub struct Conditioned<'a> {
+    text: Denoise<'a>,
+    null: Denoise<'a>,
+}
+
+impl<'a> Conditioned<'a> {
+    /// Prepares the texts.
+    ///
+    /// # Errors
+    /// If the shapes of `cond` do not fit the model.
+    pub fn new(model: &'a dyn DiffusionModel, cond: &TextCond, n_frames: usize) -> Result<Self> {
+        Ok(Self { text: model.with_texts(cond, None, n_frames)?, null: model.without_texts(cond, n_frames)? })
+    }
+}
+
+fn without_history(denoise: &Denoise, x: &Tensor, sigma: f64) -> Result<Tensor> {
+    Ok(denoise(&x.detach(), &vec![sigma; x.dim(0)?])?.detach())
+}
+
+impl ConditionalDenoiser for Conditioned<'_> {
+    fn conditional(&self, x: &Tensor, sigma: f64) -> Result<Tensor> {
+        without_history(&self.text, x, sigma)
+    }
+
+    fn unconditional(&self, x: &Tensor, sigma: f64) -> Result<Tensor> {
+        without_history(&self.null, x, sigma)
+    }
+}
 
 /// What `config.json` of a model folder holds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -90,47 +152,20 @@ impl Model {
         let f = self.dit.forward_with(&x.broadcast_mul(&c_in)?, &c_noise, context)?;
         x.broadcast_mul(&c_skip)? + f.broadcast_mul(&c_out)?
     }
-
-    /// The model with fixed texts, as a denoiser for sampling.
-    ///
-    /// # Errors
-    /// If the shapes of `cond` do not fit the config.
-    pub fn with_texts(&self, cond: &TextCond, n_frames: usize) -> Result<Conditioned<'_>> {
-        let batch = cond.states.dim(0)?;
-        Ok(Conditioned {
-            model: self,
-            text: self.dit.context(cond, None, n_frames)?.detach(),
-            null: self.dit.null_context(batch, n_frames)?.detach(),
-        })
-    }
 }
 
-/// A [`Model`] with the texts of a batch. Its estimates carry no gradient, so a sampling run keeps no history.
-pub struct Conditioned<'a> {
-    model: &'a Model,
-    text: Context,
-    null: Context,
-}
-
-impl Conditioned<'_> {
-    fn run(&self, x: &Tensor, sigma: f64, context: &Context) -> Result<Tensor> {
-        let sigmas = vec![sigma; x.dim(0)?];
-        Ok(self.model.denoise_with(&x.detach(), &sigmas, context)?.detach())
-    }
-}
-
-impl ConditionalDenoiser for Conditioned<'_> {
-    fn conditional(&self, x: &Tensor, sigma: f64) -> Result<Tensor> {
-        self.run(x, sigma, &self.text)
+impl DiffusionModel for Model {
+    fn edm(&self) -> &Edm {
+        &self.edm
     }
 
-    fn unconditional(&self, x: &Tensor, sigma: f64) -> Result<Tensor> {
-        self.run(x, sigma, &self.null)
+    fn with_texts(&self, cond: &TextCond, drop: Option<&[bool]>, n_frames: usize) -> Result<Denoise<'_>> {
+        let context = self.dit.context(cond, drop, n_frames)?;
+        Ok(Box::new(move |x, sigmas| self.denoise_with(x, sigmas, &context)))
     }
-}
 
-impl Denoiser for Conditioned<'_> {
-    fn denoise(&self, x: &Tensor, sigma: f64) -> Result<Tensor> {
-        self.conditional(x, sigma)
+    fn without_texts(&self, cond: &TextCond, n_frames: usize) -> Result<Denoise<'_>> {
+        let context = self.dit.null_context(cond.states.dim(0)?, n_frames)?;
+        Ok(Box::new(move |x, sigmas| self.denoise_with(x, sigmas, &context)))
     }
 }

@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 
 use crate::dit::TextCond;
 use crate::guidance::{Guidance, Guided};
-use crate::model::Model;
+use crate::model::{Conditioned, DiffusionModel};
 use crate::solver::{OnStep, Progress, Solver, keep_going};
 
 /// How latents are sampled.
@@ -33,28 +33,72 @@ impl Default for SamplerConfig {
     }
 }
 
+/// Standard normal noise for a batch, from a generator for each row: a row's noise follows from its key and seed, not from
+/// its batch, and is the same for every model and machine.
+#[derive(Debug, Clone)]
+pub struct Noise {
+    rows: Vec<Rng>,
+    channels: usize,
+    n_frames: usize,
+    device: Device,
+}
+
+impl Noise {
+    /// Noise of latents of `channels` channels and `n_frames` frames, for each `(key, seed)`; a song's key is its prompt.
+    pub fn new(keys: &[(&str, u64)], channels: usize, n_frames: usize, device: &Device) -> Self {
+        let rows = keys.iter().map(|(key, seed)| Rng::from_key(key, *seed)).collect();
+        Self { rows, channels, n_frames, device: device.clone() }
+    }
+
+    /// The next noise of all rows, `[B, C, T]`, f32, drawn on the CPU.
+    ///
+    /// # Errors
+    /// If there is no row.
+    pub fn draw(&mut self) -> Result<Tensor> {
+        let shape = (1, self.channels, self.n_frames);
+        let row = |rng: &mut Rng| rng.normal_tensor(shape, DType::F32, &Device::Cpu);
+        let rows: Vec<Tensor> = self.rows.iter_mut().map(row).collect::<Result<_>>()?;
+        Tensor::cat(&rows, 0)?.to_device(&self.device)
+    }
+
+    /// The noise of some rows.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn select(&self, rows: impl IntoIterator<Item = usize>) -> Self {
+        Self { rows: rows.into_iter().map(|row| self.rows[row].clone()).collect(), ..self.clone() }
+    }
+}
+
 /// Samples latents for a batch of texts.
 ///
 /// A row's result depends on its text and noise only, bit for bit, not on the rest of the batch or its size.
 ///
 /// # Shapes
-/// - `cond`: `B` texts; `noise`: `[B, C, T]`, standard normal ([`prompt_noise`]). Returns latents `[B, C, T]` without gradient.
+/// - `cond`: `B` texts; `noise`: of as many rows. Returns latents `[B, C, T]` without gradient.
 ///
 /// # Errors
 /// If settings are out of range or shapes do not fit.
-pub fn sample(model: &Model, cond: &TextCond, noise: &Tensor, cfg: &SamplerConfig) -> Result<Tensor> {
-    let latents = sample_with(model, cond, noise, cfg, &mut keep_going)?;
+pub fn sample(
+    model: &dyn DiffusionModel,
+    cond: &TextCond,
+    noise: &Noise,
+    cfg: &SamplerConfig,
+) -> Result<Tensor> {
+    let mut noise = noise.clone();
+    let latents = sample_with(model, cond, &mut || noise.draw(), cfg, &mut keep_going)?;
     Ok(latents.expect("a run whose callback never breaks has a result"))
 }
 
-/// [`sample`] with a callback after every step; where it breaks, the run ends and gives `None`.
+/// [`sample`] with noise from anywhere, `[B, C, T]`: that of the start, then, under [`Solver::Dpmpp2mSde`], that of each step;
+/// and with a callback after every step: where it breaks, the run ends and gives `None`.
 ///
 /// # Errors
 /// As [`sample`].
 pub fn sample_with(
-    model: &Model,
+    model: &dyn DiffusionModel,
     cond: &TextCond,
-    noise: &Tensor,
+    noise: &mut dyn FnMut() -> Result<Tensor>,
     cfg: &SamplerConfig,
     on_step: &mut OnStep<'_>,
 ) -> Result<Option<Tensor>> {
@@ -62,25 +106,26 @@ pub fn sample_with(
         bail!("`n_steps` must be at least 1, found 0");
     }
     cfg.guidance.check()?;
-    let (batch, _, n_frames) = noise.dims3()?;
+    let start = noise()?.detach();
+    let (batch, _, n_frames) = start.dims3()?;
     if cond.states.dim(0)? != batch {
         bail!("expected one text for each of {batch} noises, found {:?}", cond.states.dims());
     }
-    let conditioned = model.with_texts(cond, n_frames)?;
+    let conditioned = Conditioned::new(model, cond, n_frames)?;
     let guided = Guided { model: &conditioned, guidance: cfg.guidance };
-    let sigmas = model.edm.schedule(cfg.n_steps);
-    let x = (noise.detach() * sigmas[0])?;
-    cfg.solver.run(&guided, x, &sigmas, on_step)
+    let sigmas = model.schedule(cfg.n_steps);
+    let x = (start * model.start_deviation(sigmas[0]))?;
+    cfg.solver.run(&guided, x, &sigmas, noise, on_step)
 }
 
-/// [`sample_with`] in batches of at most `batch_size` rows, so that memory stays bounded; the callback sees the steps of all batches as one run.
+/// [`sample`] in batches of at most `batch_size` rows, so that memory stays bounded; the callback sees the steps of all batches as one run.
 ///
 /// # Errors
 /// As [`sample`], and if `batch_size` is 0.
 pub fn sample_in_batches(
-    model: &Model,
+    model: &dyn DiffusionModel,
     cond: &TextCond,
-    noise: &Tensor,
+    noise: &Noise,
     cfg: &SamplerConfig,
     batch_size: usize,
     on_step: &mut OnStep<'_>,
@@ -88,7 +133,10 @@ pub fn sample_in_batches(
     if batch_size == 0 {
         bail!("the batch size must be at least 1, found 0");
     }
-    let n = noise.dim(0)?;
+    let n = cond.states.dim(0)?;
+    if noise.rows.len() != n {
+        bail!("expected noise for each of {n} texts, found {} rows", noise.rows.len());
+    }
     let n_batches = n.div_ceil(batch_size);
     let mut latents = Vec::with_capacity(n_batches);
     for i in 0..n_batches {
@@ -101,13 +149,9 @@ pub fn sample_in_batches(
                 sigma: progress.sigma,
             })
         };
-        match sample_with(
-            model,
-            &cond.narrow(start, len)?,
-            &noise.narrow(0, start, len)?,
-            cfg,
-            &mut on_batch_step,
-        )? {
+        let mut noise = noise.select(start..start + len);
+        let cond = cond.narrow(start, len)?;
+        match sample_with(model, &cond, &mut || noise.draw(), cfg, &mut on_batch_step)? {
             Some(batch) => latents.push(batch),
             None => return Ok(None),
         }
@@ -115,33 +159,11 @@ pub fn sample_in_batches(
     Ok(Some(Tensor::cat(&latents, 0)?))
 }
 
-/// The initial noise of a prompt: the same for every model, machine and batch; different between prompts and seeds.
-///
-/// Standard normal, `[1, C, T]`, f32 on the CPU, from a generator keyed by a hash of `(prompt, seed)`.
-///
-/// # Errors
-/// If the tensor cannot be made.
-pub fn prompt_noise(prompt: &str, seed: u64, channels: usize, n_frames: usize) -> Result<Tensor> {
-    Rng::from_key(prompt, seed).normal_tensor((1, channels, n_frames), DType::F32, &Device::Cpu)
-}
-
-/// [`prompt_noise`] of several prompts, each with its seed: `[B, C, T]`.
-///
-/// # Errors
-/// If there is no prompt.
-pub fn prompts_noise(prompts: &[(&str, u64)], channels: usize, n_frames: usize) -> Result<Tensor> {
-    let rows: Vec<Tensor> = prompts
-        .iter()
-        .map(|(prompt, seed)| prompt_noise(prompt, *seed, channels, n_frames))
-        .collect::<Result<_>>()?;
-    Tensor::cat(&rows, 0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::guidance::GuidanceKind;
-    use crate::model::Config;
+    use crate::model::{Config, Model};
     use dragon_nn::Params;
     use dragon_testkit::{Tol, assert_close};
 
@@ -149,7 +171,7 @@ mod tests {
         [("a slow air", 0), ("a slow air", 1), ("a jig", 0), ("", 0), ("a reel", 7)];
 
     /// A model whose zero initialisations are replaced by noise, texts of several lengths, the prompts' noise.
-    fn setup(cfg: &Config, n_frames: usize) -> (Model, TextCond, Tensor) {
+    fn setup(cfg: &Config, n_frames: usize) -> (Model, TextCond, Noise) {
         let params = Params::new(1);
         let model = Model::new(cfg, params.builder(DType::F32, &Device::Cpu)).unwrap();
         let mut rng = Rng::new(2);
@@ -161,7 +183,7 @@ mod tests {
         let states = rng.normal_tensor((n, length, cfg.dit.text_dim), DType::F32, &Device::Cpu).unwrap();
         let mask: Vec<f32> = (0..n * length).map(|i| f32::from(i % length < (i / length * 2) % 7)).collect();
         let cond = TextCond { states, mask: Tensor::from_vec(mask, (n, length), &Device::Cpu).unwrap() };
-        let noise = prompts_noise(&PROMPTS, cfg.dit.latent_channels, n_frames).unwrap();
+        let noise = Noise::new(&PROMPTS, cfg.dit.latent_channels, n_frames, &Device::Cpu);
         (model, cond, noise)
     }
 
@@ -175,7 +197,7 @@ mod tests {
         let together = sample(&model, &cond, &noise, &settings)?;
         assert!(together.abs()?.mean_all()?.to_scalar::<f32>()?.is_finite());
         for i in 0..PROMPTS.len() {
-            let alone = sample(&model, &cond.narrow(i, 1)?, &noise.narrow(0, i, 1)?, &settings)?;
+            let alone = sample(&model, &cond.narrow(i, 1)?, &noise.select([i]), &settings)?;
             assert_close(&together.narrow(0, i, 1)?, &alone, Tol::EXACT);
         }
         let mut n_calls = 0;
@@ -195,13 +217,13 @@ mod tests {
     fn every_solver_and_guidance_gives_finite_latents_that_differ() -> Result<()> {
         let (model, cond, noise) = setup(&Config::tiny(), 10);
         let mut seen: Vec<Vec<f32>> = Vec::new();
-        for solver in [Solver::Dpmpp2m, Solver::Dpmpp2s, Solver::Heun] {
+        for solver in [Solver::Dpmpp2m, Solver::Dpmpp2s, Solver::Heun, Solver::Dpmpp2mSde] {
             for guidance in
                 [Guidance::none(), Guidance::cfg(3.0), Guidance::cfg_plus_plus(0.6).within(0.1, 10.0)]
             {
                 let cfg = SamplerConfig { solver, n_steps: 6, guidance };
                 let latents = sample(&model, &cond, &noise, &cfg)?;
-                assert_eq!(latents.dims(), noise.dims());
+                assert_eq!(latents.dims(), [PROMPTS.len(), noise.channels, noise.n_frames]);
                 let values = latents.flatten_all()?.to_vec1::<f32>()?;
                 assert!(values.iter().all(|v| v.is_finite()), "{cfg:?}");
                 assert!(!seen.contains(&values), "{cfg:?} changes nothing");
@@ -214,7 +236,7 @@ mod tests {
     #[test]
     fn noise_belongs_to_prompt_and_seed() -> Result<()> {
         let noise = |prompt: &str, seed| -> Result<Vec<f32>> {
-            prompt_noise(prompt, seed, 32, 80)?.flatten_all()?.to_vec1()
+            Noise::new(&[(prompt, seed)], 32, 80, &Device::Cpu).draw()?.flatten_all()?.to_vec1()
         };
         let first = noise("a slow air", 0)?;
         assert_eq!(first, noise("a slow air", 0)?);
@@ -231,7 +253,8 @@ mod tests {
         let (model, cond, noise) = setup(&Config::tiny(), 10);
         let cfg = SamplerConfig { n_steps: 3, ..SamplerConfig::default() };
         let mut stop = |_: Progress| ControlFlow::Break(());
-        assert!(sample_with(&model, &cond, &noise, &cfg, &mut stop)?.is_none());
+        let mut rows = noise.clone();
+        assert!(sample_with(&model, &cond, &mut || rows.draw(), &cfg, &mut stop)?.is_none());
         assert!(sample_in_batches(&model, &cond, &noise, &cfg, 2, &mut stop)?.is_none());
         assert!(sample(&model, &cond, &noise, &SamplerConfig { n_steps: 0, ..cfg }).is_err());
         assert!(sample(&model, &cond.narrow(0, 2)?, &noise, &cfg).is_err());

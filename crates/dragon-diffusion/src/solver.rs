@@ -23,26 +23,31 @@ pub enum Solver {
     /// [`heun`]: two network calls a step, second order, in `sigma` instead of `ln sigma`.
     #[serde(rename = "heun")]
     Heun,
+    /// [`dpmpp_2m_sde`]: one network call and fresh noise a step, second order. Stable Audio Open's.
+    #[serde(rename = "dpmpp_2m_sde")]
+    Dpmpp2mSde,
 }
 
 impl Solver {
     /// Network calls of a step, not counting the second call of guidance.
     pub fn calls_per_step(self) -> usize {
         match self {
-            Self::Dpmpp2m => 1,
+            Self::Dpmpp2m | Self::Dpmpp2mSde => 1,
             Self::Dpmpp2s | Self::Heun => 2,
         }
     }
 
-    /// Runs the solver. See [`dpmpp_2m`] for the arguments.
+    /// Runs the solver. See [`dpmpp_2m`] and [`dpmpp_2m_sde`] for the arguments; `noise` is not asked by the others.
     pub fn run(
         self,
         model: &dyn Denoiser,
         x: Tensor,
         sigmas: &[f64],
+        noise: &mut dyn FnMut() -> Result<Tensor>,
         on_step: &mut OnStep<'_>,
     ) -> Result<Option<Tensor>> {
         match self {
+            Self::Dpmpp2mSde => dpmpp_2m_sde(model, x, sigmas, noise, on_step),
             Self::Dpmpp2m => dpmpp_2m(model, x, sigmas, on_step),
             Self::Dpmpp2s => dpmpp_2s(model, x, sigmas, on_step),
             Self::Heun => heun(model, x, sigmas, on_step),
@@ -115,13 +120,13 @@ pub fn dpmpp_2m(
 /// SDE-DPM-Solver++(2M), midpoint (Lu et al. 2022, arXiv:2211.01095, Appendix; the sampler of Stable Audio Open): takes
 /// more noise away in each step than [`dpmpp_2m`], and adds fresh noise instead.
 ///
-/// Arguments, result and errors as in [`dpmpp_2m`]; `noise` gives the standard normal noise of step `i`, of the shape of `x`.
+/// Arguments, result and errors as in [`dpmpp_2m`]; `noise` gives the standard normal noise of the next step, of the shape of `x`.
 /// The first and the last step, and a step before which guidance went on or off, are first order.
 pub fn dpmpp_2m_sde(
     model: &dyn Denoiser,
     mut x: Tensor,
     sigmas: &[f64],
-    noise: &mut dyn FnMut(usize) -> Result<Tensor>,
+    noise: &mut dyn FnMut() -> Result<Tensor>,
     on_step: &mut OnStep<'_>,
 ) -> Result<Option<Tensor>> {
     check_levels(sigmas)?;
@@ -143,7 +148,7 @@ pub fn dpmpp_2m_sde(
             next = (next + shift)?;
         }
         if sigma_next > 0.0 {
-            next = (next + (noise(i)? * (sigma_next * (1.0 - ratio).sqrt()))?)?;
+            next = (next + (noise()? * (sigma_next * (1.0 - ratio).sqrt()))?)?;
         }
         x = next;
         last = Some((estimate, h));
@@ -295,7 +300,11 @@ mod tests {
     }
 
     fn run(solver: Solver, model: &dyn Denoiser, start: &Tensor, sigmas: &[f64]) -> Tensor {
-        solver.run(model, start.clone(), sigmas, &mut keep_going).unwrap().unwrap()
+        solver.run(model, start.clone(), sigmas, &mut no_noise, &mut keep_going).unwrap().unwrap()
+    }
+
+    fn no_noise() -> Result<Tensor> {
+        panic!("a solver of the ODE takes no noise")
     }
 
     fn max_error(got: &Tensor, want: &Tensor) -> f64 {
@@ -448,7 +457,7 @@ mod tests {
                 seen.push(progress.step_idx);
                 if progress.step_idx == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             };
-            assert!(solver.run(&Gaussian(1.0), noise(), &sigmas, &mut on_step)?.is_none());
+            assert!(solver.run(&Gaussian(1.0), noise(), &sigmas, &mut no_noise, &mut on_step)?.is_none());
             assert_eq!(seen, [1, 2, 3]);
         }
         Ok(())
@@ -457,7 +466,9 @@ mod tests {
     #[test]
     fn levels_that_do_not_fall_are_refused() {
         for sigmas in [[1.0, 1.0], [1.0, -0.1], [f64::NAN, 0.0], [f64::INFINITY, 0.0]] {
-            assert!(Solver::Heun.run(&Gaussian(1.0), noise(), &sigmas, &mut keep_going).is_err());
+            assert!(
+                Solver::Heun.run(&Gaussian(1.0), noise(), &sigmas, &mut no_noise, &mut keep_going).is_err()
+            );
         }
     }
 }

@@ -1,10 +1,10 @@
 //! Against diffusers and stable-audio-tools: `fixtures/dragon-diffusion/stable_audio/generate.py`.
 
 use candle_core::{DType, Device, Tensor};
-use dragon_diffusion::solver::{dpmpp_2m_sde, keep_going};
+use dragon_diffusion::solver::keep_going;
 use dragon_diffusion::stable_audio::published::{is_unneeded, stable_audio_tools};
-use dragon_diffusion::stable_audio::{Conditions, Config, StableAudio};
-use dragon_diffusion::{Guidance, GuidanceKind, guidance::Guided};
+use dragon_diffusion::stable_audio::{Config, NumberConditioners, StableAudio};
+use dragon_diffusion::{DiffusionModel, Guidance, SamplerConfig, Solver, TextCond, sample_with};
 use dragon_nn::{Checkpoint, Loader, Source};
 use dragon_testkit::{Golden, Tol, assert_close};
 use std::path::{Path, PathBuf};
@@ -28,6 +28,12 @@ fn config() -> Config {
     }
 }
 
+fn build(cfg: &Config, loader: &Loader) -> StableAudio {
+    let vb = loader.builder(DType::F32, &CPU);
+    let numbers = NumberConditioners::new(cfg, vb.pp("projection_model")).unwrap();
+    StableAudio::new(cfg, vb.pp("transformer"), numbers, 30.0).unwrap()
+}
+
 /// The model on the weights of one layout; of the other it needs nothing.
 fn model(layout: &str) -> StableAudio {
     let checkpoint = Checkpoint::open(fixture("case.safetensors")).unwrap();
@@ -39,7 +45,7 @@ fn model(layout: &str) -> StableAudio {
             vec![Source::from(format!("diffusers.{name}"))]
         }
     });
-    let model = StableAudio::new(&config(), loader.builder(DType::F32, &CPU)).unwrap();
+    let model = build(&config(), &loader);
     let other = if tools { "diffusers.transformer." } else { "stable_audio_tools." };
     loader.finish(|name| name.starts_with(other) || !name.contains('.')).unwrap();
     model
@@ -68,28 +74,40 @@ fn network_and_conditions_match_both_references() {
 fn twenty_guided_steps_match_the_sampler_of_diffusers() {
     let golden = Golden::read(fixture("case.safetensors"));
     let model = model("diffusers");
-    let sigmas = StableAudio::schedule(20);
     let want: Vec<f32> = golden.get("sigmas").to_vec1().unwrap();
-    for (got, want) in sigmas.iter().zip(&want) {
+    for (got, want) in model.schedule(20).iter().zip(&want) {
         assert!((got - f64::from(*want)).abs() <= 1e-4 * got, "{got} {want}");
     }
-    let tokens = golden.get("tokens").narrow(0, 0, 1).unwrap();
-    let global = golden.get("glob").narrow(0, 0, 1).unwrap();
-    let conditions = Conditions { tokens, global };
-    let first = golden.get("first");
-    let conditioned = model.with_conditions(&conditions, first.dim(2).unwrap()).unwrap();
-    let guidance = Guidance { kind: GuidanceKind::Cfg, scale: 7.0, ..Guidance::cfg_plus_plus(1.0) };
-    let guidance = guidance.within(0.0, f64::INFINITY);
-    let guided = Guided { model: &conditioned, guidance };
-    // The reference starts from noise of this size, not of `sigmas[0]`.
-    let x = (first * (sigmas[0].powi(2) + 1.0).sqrt()).unwrap();
+    let row = |name: &str| golden.get(name).narrow(0, 0, 1).unwrap();
+    let cond = TextCond { states: row("states"), mask: row("mask") }; // seconds: 0 to 30
     let drawn = golden.get("drawn");
-    let sampled =
-        dpmpp_2m_sde(&guided, x, &sigmas, &mut |i| drawn.narrow(0, i, 1), &mut keep_going).unwrap().unwrap();
+    let mut noises = (0..20).map(|i| drawn.narrow(0, i, 1));
+    let mut first = Some(golden.get("first"));
+    let mut noise = || first.take().map_or_else(|| noises.next().expect("noise for every step"), Ok);
+    let cfg = SamplerConfig { solver: Solver::Dpmpp2mSde, n_steps: 20, guidance: Guidance::cfg(7.0) };
+    let sampled = sample_with(&model, &cond, &mut noise, &cfg, &mut keep_going).unwrap().unwrap();
     let want = golden.get("sampled");
     let spread = |t: &Tensor| t.flatten_all().unwrap().var(0).unwrap().to_scalar::<f32>().unwrap().sqrt();
     let worst = (&sampled - &want).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
     assert!(worst < 1e-3 * spread(&want), "{worst} of {}", spread(&want));
+}
+
+#[test]
+fn dropped_texts_are_those_that_guidance_leaves_out() {
+    let golden = Golden::read(fixture("case.safetensors"));
+    let model = model("diffusers");
+    let cond = TextCond { states: golden.get("states"), mask: golden.get("mask") };
+    let x = golden.get("x");
+    let run =
+        |drop: Option<&[bool]>| model.with_texts(&cond, drop, x.dim(2).unwrap()).unwrap()(&x, &[2.0, 0.7]);
+    let (kept, dropped) = (run(None).unwrap(), run(Some(&[false, true])).unwrap());
+    let null = model.without_texts(&cond, x.dim(2).unwrap()).unwrap()(&x, &[2.0, 0.7]).unwrap();
+    let row = |t: &Tensor, i: usize| t.get(i).unwrap();
+    assert_close(&row(&dropped, 0), &row(&kept, 0), Tol::EXACT);
+    assert_close(&row(&dropped, 1), &row(&null, 1), Tol::EXACT);
+    let worst = (row(&kept, 1) - row(&null, 1)).unwrap().abs().unwrap().max_all().unwrap();
+    assert!(worst.to_scalar::<f32>().unwrap() > 1e-3);
+    assert!(model.with_texts(&cond, Some(&[true]), 9).is_err());
 }
 
 #[test]
@@ -105,7 +123,7 @@ fn the_full_model_asks_for_the_published_tensors() {
     };
     let cfg = Config::stable_audio_open();
     let loader = Loader::same_names(Checkpoint::without_data(list("diffusers.shapes")));
-    StableAudio::new(&cfg, loader.builder(DType::F32, &CPU)).unwrap();
+    build(&cfg, &loader);
     let tensors = loader.finish(|_| false).unwrap();
     let n: usize =
         tensors.iter().filter(|(k, _)| k.starts_with("transformer")).map(|(_, t)| t.elem_count()).sum();
@@ -113,6 +131,6 @@ fn the_full_model_asks_for_the_published_tensors() {
 
     let checkpoint = Checkpoint::without_data(list("stable_audio_tools.shapes"));
     let loader = Loader::new(checkpoint, |name| vec![stable_audio_tools(name)]);
-    StableAudio::new(&cfg, loader.builder(DType::F32, &CPU)).unwrap();
+    build(&cfg, &loader);
     loader.finish(is_unneeded).unwrap();
 }

@@ -36,6 +36,7 @@ mod adamw;
 mod backward;
 mod checkpoint;
 mod ema;
+pub mod lora;
 mod modules;
 mod params;
 
@@ -51,6 +52,7 @@ pub use ema::Ema;
 pub use gated_add::gated_add;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
+pub use lora::{Lora, LoraConfig};
 pub use modules::{Conv1d, ConvTranspose1d, Embedding, LayerNorm, Linear, RmsNorm, Snake};
 pub use params::{LoadError, Params};
 pub use rms_norm::rms_norm;

@@ -1,5 +1,6 @@
 //! Layers over a [`VarBuilder`], with PyTorch's parameter names and initialisation.
 
+use crate::lora::Adapter;
 use crate::{Conv1dSpec, ConvTranspose1dSpec};
 use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;
@@ -11,13 +12,15 @@ fn default_init(fan_in: usize) -> Init {
     Init::Uniform { lo: -bound, up: bound }
 }
 
-/// Affine map of the last dimension, `[..., in]` to `[..., out]`; parameters `weight`, `bias`.
+/// Affine map of the last dimension, `[..., in]` to `[..., out]`; parameters `weight`, `bias`. Built over
+/// [`Lora`](crate::Lora), it may have an adapter beside them.
 #[derive(Debug, Clone)]
 pub struct Linear {
     /// `[out, in]`.
     pub weight: Tensor,
     /// `[out]`.
     pub bias: Option<Tensor>,
+    adapter: Option<Adapter>,
 }
 
 impl Linear {
@@ -35,7 +38,8 @@ impl Linear {
     /// # Errors
     /// If the tensor is missing or misshapen.
     pub fn no_bias(n_in: usize, n_out: usize, vb: VarBuilder) -> Result<Self> {
-        Ok(Linear { weight: vb.get_with_hints((n_out, n_in), "weight", default_init(n_in))?, bias: None })
+        let weight = vb.get_with_hints((n_out, n_in), "weight", default_init(n_in))?;
+        Ok(Linear { weight, bias: None, adapter: Adapter::read(n_in, n_out, &vb)? })
     }
 
     /// As [`Linear::new`], but created with all parameters zero (the adaptive-norm heads of a DiT).
@@ -44,13 +48,23 @@ impl Linear {
     /// If a tensor is missing or misshapen.
     pub fn zero_init(n_in: usize, n_out: usize, vb: VarBuilder) -> Result<Self> {
         let weight = vb.get_with_hints((n_out, n_in), "weight", Init::Const(0.0))?;
-        Ok(Linear { weight, bias: Some(vb.get_with_hints(n_out, "bias", Init::Const(0.0))?) })
+        let bias = Some(vb.get_with_hints(n_out, "bias", Init::Const(0.0))?);
+        Ok(Linear { weight, bias, adapter: Adapter::read(n_in, n_out, &vb)? })
+    }
+
+    /// Whether weight and bias are all there is: no adapter.
+    pub fn is_plain(&self) -> bool {
+        self.adapter.is_none()
     }
 }
 
 impl Module for Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        crate::linear(x, &self.weight, self.bias.as_ref())
+        let y = crate::linear(x, &self.weight, self.bias.as_ref())?;
+        match &self.adapter {
+            None => Ok(y),
+            Some(adapter) => y + adapter.forward(x)?,
+        }
     }
 }
 

@@ -102,6 +102,16 @@ impl Params {
         self.vars.lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    /// Variables with the names and values of `tensors`, which are copied.
+    ///
+    /// # Errors
+    /// If a copy fails.
+    pub fn of<'a>(tensors: impl IntoIterator<Item = (&'a String, &'a Tensor)>) -> Result<Params> {
+        let vars =
+            tensors.into_iter().map(|(name, tensor)| Ok((name.clone(), Var::from_tensor(&tensor.detach())?)));
+        Ok(Params { seed: 0, vars: Arc::new(Mutex::new(vars.collect::<Result<_>>()?)) })
+    }
+
     /// A builder that hands out these variables, creating each on its first `get`.
     pub fn builder(&self, dtype: DType, device: &Device) -> VarBuilder<'static> {
         VarBuilder::from_backend(Box::new(self.clone()), dtype, device.clone())
@@ -147,7 +157,7 @@ impl Params {
         self.fill(tensors, prefix, Path::new("tensors in memory"))
     }
 
-    fn fill(
+    pub(crate) fn fill(
         &self,
         tensors: &HashMap<String, Tensor>,
         prefix: &str,

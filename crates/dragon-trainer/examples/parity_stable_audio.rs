@@ -6,7 +6,10 @@
 
 use candle_core::{DType, Device, Tensor};
 use dragon_diffusion::solver::keep_going;
-use dragon_trainer::stable_audio::{Pipeline, Sampling};
+use dragon_diffusion::stable_audio::StableAudioDit;
+use dragon_diffusion::{Guidance, SamplerConfig, Solver, sample_with};
+use dragon_trainer::bundle::{Bundle, Length};
+use dragon_trainer::diffusion::Architecture;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
@@ -21,44 +24,46 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     // As the `dragon` binary does.
     rayon::ThreadPoolBuilder::new().use_current_thread().build_global()?;
+    let given = candle_core::safetensors::load(noise, &Device::Cpu)?;
+    let n_frames = given["x"].dim(2)?;
     let start = Instant::now();
-    let pipeline = Pipeline::load(Path::new(folder), &Device::Cpu)?;
+    let length = Length { seconds: Some(seconds.parse()?), n_frames: Some(n_frames) };
+    let bundle = Bundle::load_for(Path::new(folder), &length, &Device::Cpu)?;
     println!("load_s {:.3}", start.elapsed().as_secs_f64());
     println!("load_peak_mib {:.0}", peak_mib());
-    let given = candle_core::safetensors::load(noise, &Device::Cpu)?;
     let prompts = std::fs::read_to_string(prompts)?;
     let prompts: Vec<&str> = prompts.lines().collect();
-    let sampling = Sampling {
-        seconds: seconds.parse()?,
-        n_frames: given["x"].dim(2)?,
-        n_steps: steps.parse()?,
-        guidance_scale: scale.parse()?,
-    };
+    let guidance = Guidance::cfg(scale.parse()?);
+    let sampler = SamplerConfig { solver: Solver::Dpmpp2mSde, n_steps: steps.parse()?, guidance };
     let mut tensors = BTreeMap::new();
 
-    let text = pipeline.text.encode(&prompts)?;
-    let lengths = vec![(0.0, sampling.seconds); prompts.len()];
-    let conditions = pipeline.model.numbers.conditions(&text.states, &text.mask, &lengths)?;
+    let text = bundle.text.encode(&prompts)?;
+    let Architecture::StableAudio { config, numbers, seconds, .. } = &bundle.diffusion.architecture else {
+        return Err("the folder holds another model".into());
+    };
+    let conditions = numbers.conditions(&text.states, &text.mask, &vec![(0.0, *seconds); prompts.len()])?;
     tensors.insert("states".into(), text.states.clone());
     tensors.insert("tokens".into(), conditions.tokens.clone());
-    let context = pipeline.model.dit.context(&conditions, sampling.n_frames)?.detach();
+    let dit = StableAudioDit::new(config, bundle.diffusion.builder([]))?;
+    let context = dit.context(&conditions, n_frames)?;
     let start = Instant::now();
-    let network = pipeline.model.dit.forward(&given["x"], &given["t"], &context)?;
+    let network = dit.forward(&given["x"], &given["t"], &context)?;
     println!("network_s {:.3}", start.elapsed().as_secs_f64());
     tensors.insert("network".into(), network);
 
     let mut rows = 0..given["noise"].dim(0)?;
     let mut noise = || given["noise"].get(rows.next().expect("noise for every step"));
     let start = Instant::now();
+    let model = bundle.diffusion.base()?;
     let latents =
-        pipeline.sample(&prompts, &sampling, &mut noise, &mut keep_going)?.expect("nobody stops it");
+        sample_with(model.as_ref(), &text, &mut noise, &sampler, &mut keep_going)?.expect("nobody stops it");
     println!("sampling_s {:.3}", start.elapsed().as_secs_f64());
     let start = Instant::now();
     // The same latents as the reference decodes: an error is then the decoder's own.
-    let decoded = pipeline.vae.decode(&given["latents"])?;
+    let decoded = bundle.vae.decode(&given["latents"])?;
     println!("decode_s {:.3}", start.elapsed().as_secs_f64());
     let start = Instant::now();
-    let encoded = pipeline.vae.encode(&given["audio"])?;
+    let encoded = bundle.vae.encode(&given["audio"])?;
     println!("encode_s {:.3}", start.elapsed().as_secs_f64());
     println!("peak_mib {:.0}", peak_mib());
     tensors.insert("latents".into(), latents);

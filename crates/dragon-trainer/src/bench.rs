@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{DType, Tensor};
-use dragon_diffusion::{Model, denoising_errors};
+use dragon_diffusion::{DiffusionModel, denoising_errors};
 use dragon_metrics::{FrechetReference, Rows};
-use dragon_nn::{AdamW, Rng};
+use dragon_nn::{AdamW, Params, Rng};
 use dragon_rewards::{DatasetFad, Song, greedy};
 use serde::Serialize;
 
@@ -52,20 +52,20 @@ pub fn run(cfg: &FinetuneConfig, rounds: usize, ctx: &RunContext) -> Result<Vec<
     let n_songs = cfg.rollout.songs_per_step;
     let prompts = bundle::prompts_of(&cfg.prompts, Split::Train, n_songs)?;
     let captions: Vec<&str> = prompts[..n_songs].iter().map(|p| p.caption.as_str()).collect();
-    let bundle = Bundle::load(&cfg.bundle, &ctx.device)?;
+    let bundle = Bundle::load_for(&cfg.bundle, &cfg.length, &ctx.device)?;
     let sources = cfg.reward.sources();
     let embedder = Embedder::load(&cfg.embed, &sources, &bundle.device)?;
-    let model = bundle.base_model()?;
+    let model = bundle.diffusion.base()?;
 
     let keys: Vec<(&str, u64)> = captions.iter().map(|&caption| (caption, cfg.seed)).collect();
-    let noise = rollout::noise(&bundle, &keys)?;
+    let noise = rollout::noise(&bundle, &keys);
     let cond = TextCache::default().get(&bundle, &captions)?;
     let (songs, sampler) = (n_songs as f64, &cfg.rollout.sampler);
     let mut table = Table { rounds, rows: Vec::new(), ctx };
 
     let part = format!("rollout, {} steps", sampler.n_steps);
     let latents = table.time(part, songs, "songs", || {
-        rollout::latents(&model, &cond, &noise, sampler, cfg.rollout.batch, ctx, &captions)
+        rollout::latents(model.as_ref(), &cond, &noise, sampler, cfg.rollout.batch, ctx, &captions)
     })?;
     let Some(latents) = latents.flatten() else { return Ok(table.rows) };
 
@@ -135,23 +135,24 @@ struct Update<'a> {
     x0: &'a Tensor,
     noise: Tensor,
     sigmas: Vec<f64>,
-    reference: Model,
-    policy: Model,
+    reference: Box<dyn DiffusionModel>,
+    policy: Box<dyn DiffusionModel>,
     optimizer: AdamW,
 }
 
 impl<'a> Update<'a> {
     fn new(cfg: &'a FinetuneConfig, bundle: &Bundle, x0: &'a Tensor) -> Result<Self> {
-        let params = bundle.dit.deep_clone()?;
+        let params = Params::of(&bundle.diffusion.weights)?;
+        let reference = bundle.diffusion.base()?;
         let mut rng = Rng::from_key("bench", cfg.seed);
         let shape = x0.dims3()?;
         Ok(Self {
             cfg,
             x0,
             noise: rng.normal_tensor(shape, DType::F32, x0.device())?,
-            sigmas: bundle.dit_config.edm.sample_sigmas_stratified(shape.0, &mut rng),
-            reference: bundle.base_model()?,
-            policy: Model::new(&bundle.dit_config, params.builder(DType::F32, &bundle.device))?,
+            sigmas: reference.edm().sample_sigmas_stratified(shape.0, &mut rng),
+            reference,
+            policy: bundle.diffusion.architecture.build(params.builder(DType::F32, &bundle.device))?,
             optimizer: AdamW::new(&params, cfg.update.optimizer.clone())?,
         })
     }
@@ -161,19 +162,18 @@ impl<'a> Update<'a> {
         loss.split([' ', '{']).next().unwrap_or_default().to_uppercase()
     }
 
-    fn errors(&self, model: &Model, cond: &dragon_diffusion::TextCond) -> Result<Tensor> {
+    fn errors(&self, model: &dyn DiffusionModel, cond: &dragon_diffusion::TextCond) -> Result<Tensor> {
         let scale: Vec<f32> = self.sigmas.iter().map(|&sigma| sigma as f32).collect();
         let scale = Tensor::from_vec(scale, (self.sigmas.len(), 1, 1), self.x0.device())?;
         let x = (self.x0 + self.noise.broadcast_mul(&scale)?)?; // [B, C, T]
-        let context = model.dit.context(cond, None, x.dim(2)?)?;
-        let denoised = model.denoise_with(&x, &self.sigmas, &context)?; // [B, C, T]
-        Ok(denoising_errors(&model.edm, self.cfg.update.weighting, &denoised, self.x0, &self.sigmas)?)
+        let denoised = model.with_texts(cond, None, x.dim(2)?)?(&x, &self.sigmas)?; // [B, C, T]
+        Ok(denoising_errors(model.edm(), self.cfg.update.weighting, &denoised, self.x0, &self.sigmas)?)
     }
 
     fn step(&mut self, cond: &dragon_diffusion::TextCond) -> Result<f64> {
         let errors = Errors {
-            reference: self.errors(&self.reference, cond)?,
-            policy: self.errors(&self.policy, cond)?,
+            reference: self.errors(self.reference.as_ref(), cond)?,
+            policy: self.errors(self.policy.as_ref(), cond)?,
         };
         let gaps: Vec<f64> = errors.gap()?.detach().to_vec1::<f32>()?.into_iter().map(f64::from).collect();
         let signs: Vec<f64> = (0..gaps.len()).map(|i| if i % 2 == 0 { 1.0 } else { -1.0 }).collect();

@@ -7,21 +7,26 @@
 //! prompts.jsonl         {"id", "caption", "split"} a line
 //! stats/*.npz           reference statistics
 //! ```
+//!
+//! A folder of Stable Audio Open as published is read too: [`mod@crate::stable_audio`].
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
-use dragon_diffusion::{Model, TextCond};
+use dragon_audio::Audio;
+use dragon_diffusion::TextCond;
 use dragon_encoders::t5::T5Encoder;
 use dragon_encoders::tokenizer::{self, Tokenizer, TooLong};
 use dragon_nn::Params;
-use dragon_vae::AudioVae;
+use dragon_vae::{AudioVae, Design};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::diffusion::Diffusion;
 use crate::error::{Error, Result};
+use crate::stable_audio;
 
 /// What `bundle.json` holds: sizes that belong to no single model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -31,6 +36,25 @@ pub struct Info {
     pub n_frames: usize,
     /// Tokens to which prompts are padded or cut.
     pub max_tokens: usize,
+}
+
+/// How long the songs of a published model are; our own models have one length, and take neither.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Length {
+    /// What the model is told, and where its songs are cut, in seconds; none: as long as the latents.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
+    /// Latent frames to sample; none: as many as the model was trained on, whatever the length. Fewer take less time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub n_frames: Option<usize>,
+}
+
+impl Length {
+    /// Whether nothing is asked for.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// The models from prompts to audio, on one device.
@@ -43,22 +67,39 @@ pub struct Bundle {
     pub text: TextStates,
     /// Latents to audio and back; carries no gradient.
     pub vae: AudioVae,
-    /// Size and noise levels of the diffusion model.
-    pub dit_config: dragon_diffusion::Config,
-    /// Weights of the base diffusion model.
-    pub dit: Params,
+    /// The base diffusion model.
+    pub diffusion: Diffusion,
+    /// Length of a song, in samples: its latents may be longer.
+    pub n_samples: usize,
     /// Where everything runs.
     pub device: Device,
 }
 
 impl Bundle {
-    /// Reads a model folder.
+    /// Reads a model folder, ours or a published one.
     ///
     /// # Errors
     /// If a file is missing or broken, or the parts do not fit each other.
     pub fn load(dir: &Path, device: &Device) -> Result<Self> {
+        Self::load_for(dir, &Length::default(), device)
+    }
+
+    /// As [`Self::load`], for songs of another length than the model was trained on.
+    ///
+    /// # Errors
+    /// As there, and if the model has one length only, or not that many latent frames.
+    pub fn load_for(dir: &Path, length: &Length, device: &Device) -> Result<Self> {
         if !dir.is_dir() {
             return Err(no_bundle(dir));
+        }
+        if stable_audio::is_published(dir) {
+            return stable_audio::load(dir, length, device);
+        }
+        if !length.is_default() {
+            return Err(Error::Data {
+                problem: format!("`{}` makes songs of one length", dir.display()),
+                hint: "leave `seconds` and `n_frames` out: they are for Stable Audio Open".into(),
+            });
         }
         let info: Info = read_json(&dir.join("bundle.json"))?;
         let vae_config: dragon_vae::Config = read_json(&dir.join("vae/config.json"))?;
@@ -68,34 +109,37 @@ impl Bundle {
         load_weights(&trained, &dir.join("vae/model.safetensors"))?;
         let vae = AudioVae::new(&vae_config, frozen(&trained, device))?;
         let text = TextStates::load(&dir.join("t5"), info.max_tokens, device)?;
-        let (dit_config, dit) = load_dit(&dir.join("dit"), device)?;
-        let bundle = Self { dir: dir.to_owned(), info, text, vae, dit_config, dit, device: device.clone() };
+        let diffusion = Diffusion::load(&dir.join("dit"), device)?;
+        let n_samples = info.n_frames * vae.config().hop();
+        let bundle =
+            Self { dir: dir.to_owned(), info, text, vae, diffusion, n_samples, device: device.clone() };
         bundle.check()?;
         Ok(bundle)
     }
 
     /// Whether the parts fit each other.
-    fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
+        let model = &self.diffusion.architecture;
         let pairs = [
             (
-                "the VAE's `latent_dim`",
+                "channels of the VAE's latents",
                 self.vae.config().latent_dim,
-                "the DiT's `latent_channels`",
-                self.dit_config.dit.latent_channels,
+                "of the diffusion model's",
+                model.latent_channels(),
             ),
             (
-                "the T5's `d_model`",
-                self.text.t5.config().d_model,
-                "the DiT's `text_dim`",
-                self.dit_config.dit.text_dim,
+                "width of the text encoder's states",
+                self.text.width(),
+                "of those that the diffusion model reads",
+                model.text_width(),
             ),
         ];
         for (a, x, b, y) in pairs {
             if x != y {
                 return Err(Error::Content {
                     path: self.dir.clone(),
-                    problem: format!("holds parts that do not fit: {a} is {x}, {b} is {y}"),
-                    hint: "take vae/, t5/ and dit/ from one training".into(),
+                    problem: format!("holds parts that do not fit: {a} {x}, {b} {y}"),
+                    hint: "take autoencoder, text encoder and diffusion model from one training".into(),
                 });
             }
         }
@@ -119,17 +163,9 @@ impl Bundle {
         Ok(())
     }
 
-    /// The base model, without gradients.
-    ///
-    /// # Errors
-    /// If the config is impossible.
-    pub fn base_model(&self) -> Result<Model> {
-        Ok(Model::new(&self.dit_config, frozen(&self.dit, &self.device))?)
-    }
-
     /// Shape of the latents of `n` songs, `[n, C, T]`.
     pub fn latent_shape(&self, n: usize) -> (usize, usize, usize) {
-        (n, self.dit_config.dit.latent_channels, self.info.n_frames)
+        (n, self.diffusion.architecture.latent_channels(), self.info.n_frames)
     }
 
     /// Sample rate of the audio, Hz.
@@ -137,25 +173,48 @@ impl Bundle {
         self.vae.config().sample_rate_hz
     }
 
-    /// Decodes normalised latents, a few songs at a time.
+    /// Decodes normalised latents `[B, C, T]`, a few songs at a time: `[b, channels, n_samples]` each.
+    fn decoded(&self, latents: &Tensor) -> Result<Vec<Tensor>> {
+        // Enough to fill the cores, few enough to bound memory; pieces are of about 1.5 s of stereo audio at 44.1 kHz.
+        let (songs, frames) = match self.vae.config().design {
+            Design::Dac => (8, usize::MAX),
+            Design::Oobleck => (1, 32),
+        };
+        let n = latents.dim(0)?;
+        let part = |start: usize| -> Result<Tensor> {
+            let part = self.vae.denormalize(&latents.narrow(0, start, songs.min(n - start))?)?;
+            let audio = self.vae.decode_chunked(&part, frames)?; // [b, channels, T * hop]
+            Ok(audio.narrow(2, 0, self.n_samples.min(audio.dim(2)?))?)
+        };
+        (0..n).step_by(songs).map(part).collect()
+    }
+
+    /// Decodes normalised latents to mono, which is what rewards hear.
     ///
     /// # Shapes
-    /// - `latents`: `[B, C, T]`; returns `B` clips of `T * hop` samples, nominally in [-1, 1].
+    /// - `latents`: `[B, C, T]`; returns `B` clips of [`Self::n_samples`] samples, nominally in [-1, 1].
     ///
     /// # Errors
     /// If the shape does not fit the VAE.
     pub fn decode(&self, latents: &Tensor) -> Result<Vec<Vec<f32>>> {
-        /// Songs decoded at a time: enough to fill the cores, few enough to bound memory.
-        const SONGS: usize = 8;
-        let n = latents.dim(0)?;
-        let mut clips = Vec::with_capacity(n);
-        for start in (0..n).step_by(SONGS) {
-            let part = latents.narrow(0, start, SONGS.min(n - start))?;
-            let audio = self.vae.decode_normalized(&part)?; // [b, 1, T * hop]
-            let audio = audio.mean(1)?; // [b, T * hop]
-            clips.extend(audio.to_vec2::<f32>()?);
+        let mut clips = Vec::with_capacity(latents.dim(0)?);
+        for audio in self.decoded(latents)? {
+            clips.extend(audio.mean(1)?.to_vec2::<f32>()?);
         }
         Ok(clips)
+    }
+
+    /// As [`Self::decode`], with all channels.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn decode_audio(&self, latents: &Tensor) -> Result<Vec<Audio>> {
+        let mut songs = Vec::with_capacity(latents.dim(0)?);
+        for audio in self.decoded(latents)? {
+            let channels = audio.to_vec3::<f32>()?.into_iter();
+            songs.extend(channels.map(|channels| Audio { channels, sample_rate_hz: self.sample_rate_hz() }));
+        }
+        Ok(songs)
     }
 
     /// Encodes clips to normalised latents `[B, C, T]`: what the VAE embedding setting of the paper sees.
@@ -163,7 +222,7 @@ impl Bundle {
     /// # Errors
     /// If the clips differ in length or are no multiple of the hop.
     pub fn encode(&self, clips: &[&[f32]]) -> Result<Tensor> {
-        /// As in [`Bundle::decode`].
+        /// Songs at a time: enough to fill the cores, few enough to bound memory.
         const SONGS: usize = 8;
         let channels = self.vae.config().audio_channels;
         let mut parts = Vec::new();
@@ -177,42 +236,9 @@ impl Bundle {
     }
 }
 
-/// Reads a diffusion model's folder: its config and its weights.
-///
-/// # Errors
-/// If a file is missing or broken, or weights and config do not fit; every tensor in question is listed.
-pub fn load_dit(dir: &Path, device: &Device) -> Result<(dragon_diffusion::Config, Params)> {
-    let config: dragon_diffusion::Config = read_json(&dir.join("config.json"))?;
-    let params = Params::new(0);
-    Model::new(&config, params.builder(DType::F32, device))
-        .map_err(Error::input(format!("`{}` does not describe a diffusion model", dir.display())))?;
-    load_weights(&params, &dir.join("model.safetensors"))?;
-    Ok((config, params))
-}
-
-/// Writes a diffusion model's folder, weights in f32.
-///
-/// # Errors
-/// If a file cannot be written.
-pub fn save_dit(dir: &Path, config: &dragon_diffusion::Config, params: &Params) -> Result<()> {
-    std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
-    let json = serde_json::to_vec_pretty(config).map_err(|err| Error::Bug(err.to_string()))?;
-    crate::run::write_atomic(&dir.join("config.json"), &json)?;
-    let path = dir.join("model.safetensors");
-    params.save(&path, DType::F32).map_err(Error::input(format!("cannot write `{}`", path.display())))
-}
-
 /// A builder over the current values of `params` that carries no gradient, so that no history is kept.
 pub fn frozen(params: &Params, device: &Device) -> VarBuilder<'static> {
-    partly_frozen(params, &params.subset(|_| false), device)
-}
-
-/// As [`frozen`], except for the variables that `tuned` shares with `params`.
-pub fn partly_frozen(params: &Params, tuned: &Params, device: &Device) -> VarBuilder<'static> {
-    let tensor = |(name, var): (String, Var)| match tuned.get(&name) {
-        Some(var) => (name, var.as_tensor().clone()),
-        None => (name, var.as_tensor().detach()),
-    };
+    let tensor = |(name, var): (String, Var)| (name, var.as_tensor().detach());
     let tensors: HashMap<String, Tensor> = params.names_and_vars().into_iter().map(tensor).collect();
     VarBuilder::from_tensors(tensors, DType::F32, device)
 }
@@ -319,8 +345,13 @@ pub fn check_prompts<S: AsRef<str>>(bundle: &Path, prompts: impl IntoIterator<It
     if !bundle.is_dir() {
         return Err(no_bundle(bundle));
     }
-    let info: Info = read_json(&bundle.join("bundle.json"))?;
-    let tokenizer = Tokenizer::load(bundle.join("t5/tokenizer.json")).map_err(Error::input(
+    let (tokenizer, max_tokens) = match stable_audio::is_published(bundle) {
+        true => stable_audio::tokenizer(bundle)?,
+        false => {
+            (bundle.join("t5/tokenizer.json"), read_json::<Info>(&bundle.join("bundle.json"))?.max_tokens)
+        }
+    };
+    let tokenizer = Tokenizer::load(tokenizer).map_err(Error::input(
         "cannot load the tokenizer\nhint: take tokenizer.json from the model's own training",
     ))?;
     for (i, prompt) in prompts.into_iter().enumerate() {
@@ -331,7 +362,7 @@ pub fn check_prompts<S: AsRef<str>>(bundle: &Path, prompts: impl IntoIterator<It
                 hint: "say what should be heard, e.g. \"a slow harp melody\"".into(),
             });
         }
-        match tokenizer.encode(prompt, info.max_tokens, TooLong::Error) {
+        match tokenizer.encode(prompt, max_tokens, TooLong::Error) {
             Ok(_) => {}
             Err(tokenizer::Error::TooLong { n_tokens, max_tokens, .. }) => {
                 return Err(Error::Data {
@@ -351,7 +382,9 @@ pub fn check_prompts<S: AsRef<str>>(bundle: &Path, prompts: impl IntoIterator<It
 fn no_bundle(dir: &Path) -> Error {
     Error::Data {
         problem: format!("there is no model folder `{}`", dir.display()),
-        hint: "a model folder holds vae/, t5/, dit/ and bundle.json; the shipped one is fixtures/tiny".into(),
+        hint: "a model folder holds vae/, t5/, dit/ and bundle.json (the shipped one is fixtures/tiny), or Stable Audio Open \
+               as published"
+            .into(),
     }
 }
 

@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use dragon_audio::{Clip, SampleFormat};
-use dragon_diffusion::{Model, SamplerConfig};
+use dragon_audio::SampleFormat;
+use dragon_diffusion::{DiffusionModel, SamplerConfig};
 use serde::{Deserialize, Serialize};
 
-use crate::bundle::{self, Bundle};
+use crate::bundle::{self, Bundle, Length};
+use crate::diffusion::tuned_dir;
 use crate::error::{Error, Result};
 use crate::rollout::{Sampling, TextCache};
 use crate::run::{Meter, RunContext};
@@ -19,6 +20,9 @@ pub struct GenerateConfig {
     pub seed: u64,
     /// Model folder.
     pub bundle: PathBuf,
+    /// Length of the songs of a published model.
+    #[serde(default, skip_serializing_if = "Length::is_default")]
+    pub length: Length,
     /// Folder of a tuned diffusion model (or of the run that made it) to use instead of the model folder's own.
     pub tuned: Option<PathBuf>,
     /// How latents are sampled.
@@ -54,7 +58,7 @@ pub fn run(cfg: &GenerateConfig, ctx: &RunContext) -> Result<Vec<PathBuf>> {
     if let Some(tuned) = &cfg.tuned {
         tuned_dir(tuned)?;
     }
-    let bundle = Bundle::load(&cfg.bundle, &ctx.device)?;
+    let bundle = Bundle::load_for(&cfg.bundle, &cfg.length, &ctx.device)?;
     let model = model_of(&bundle, cfg.tuned.as_deref())?;
     std::fs::create_dir_all(&ctx.out_dir).map_err(Error::io("create", &ctx.out_dir))?;
     let jobs: Vec<(&str, u64)> = cfg
@@ -67,13 +71,15 @@ pub fn run(cfg: &GenerateConfig, ctx: &RunContext) -> Result<Vec<PathBuf>> {
     let mut meter = Meter::new(ctx.progress, jobs.len(), 0, 1.0, "songs");
     let mut files = Vec::with_capacity(jobs.len());
     for part in jobs.chunks(cfg.batch) {
-        let Some(songs) = sampling.songs(&model, part, ctx)? else {
+        let Some(latents) = sampling.latents(model.as_ref(), part, ctx)? else {
             break; // stopped: what is written so far is whole
         };
-        for (samples, (prompt, _)) in songs.clips.into_iter().zip(part) {
+        for (audio, (prompt, _)) in bundle.decode_audio(&latents)?.into_iter().zip(part) {
+            if let Some(bad) = audio.channels.iter().flatten().find(|x| !x.is_finite()) {
+                return Err(Error::BrokenSong { value: f64::from(*bad), prompt: (*prompt).to_owned() });
+            }
             let path = ctx.out_dir.join(format!("{:03}-{}.wav", files.len(), slug(prompt)));
-            let clip = Clip { samples, sample_rate_hz: bundle.sample_rate_hz() };
-            dragon_audio::write_wav(&path, &clip, SampleFormat::Int16)
+            dragon_audio::write_wav(&path, &audio, SampleFormat::Int16)
                 .map_err(Error::input("cannot write audio"))?;
             files.push(path);
         }
@@ -87,31 +93,11 @@ pub fn run(cfg: &GenerateConfig, ctx: &RunContext) -> Result<Vec<PathBuf>> {
 ///
 /// # Errors
 /// If the tuned folder holds no model, or one of another shape.
-pub fn model_of(bundle: &Bundle, tuned: Option<&Path>) -> Result<Model> {
-    let Some(tuned) = tuned else { return bundle.base_model() };
-    let dir = tuned_dir(tuned)?;
-    let (config, params) = bundle::load_dit(&dir, &bundle.device)?;
-    if config != bundle.dit_config {
-        return Err(Error::Content {
-            path: dir.join("config.json"),
-            problem: "describes another diffusion model than the model folder's `dit/config.json`".into(),
-            hint: "name the model folder that this model was tuned from".into(),
-        });
+pub fn model_of(bundle: &Bundle, tuned: Option<&Path>) -> Result<Box<dyn DiffusionModel>> {
+    match tuned {
+        None => bundle.diffusion.base(),
+        Some(tuned) => bundle.diffusion.tuned(tuned),
     }
-    Ok(Model::new(&config, bundle::frozen(&params, &bundle.device))?)
-}
-
-/// Where the diffusion model of `path` lies: the folder itself, the `model/` of a run, or the `dit/` of a model folder.
-///
-/// # Errors
-/// If there is none.
-pub fn tuned_dir(path: &Path) -> Result<PathBuf> {
-    let candidates = [path.to_owned(), path.join("model"), path.join("dit")];
-    candidates.into_iter().find(|dir| dir.join("model.safetensors").exists()).ok_or_else(|| Error::Data {
-        problem: format!("`{}` holds no diffusion model", path.display()),
-        hint: "name a run folder with model/, a model folder with dit/, or a folder with config.json and model.safetensors"
-            .into(),
-    })
 }
 
 /// Lower-case words of a prompt, for a file name: at most 48 bytes, `a-z0-9` and `-`.

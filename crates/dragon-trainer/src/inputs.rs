@@ -13,6 +13,7 @@ use crate::embed;
 use crate::embedder::{EmbedConfig, EncoderConfig, no_clap};
 use crate::error::{Error, Result};
 use crate::run::hex;
+use crate::stable_audio;
 
 /// Files of a model's folder, weights first: what is missing is best said by them.
 const MODEL: [&str; 2] = ["model.safetensors", "config.json"];
@@ -38,6 +39,9 @@ impl Inputs {
     /// # Errors
     /// If a file cannot be read.
     pub fn add_bundle(&mut self, dir: &Path) -> Result<()> {
+        if stable_audio::is_published(dir) {
+            return self.add("bundle", &stable_audio::files(dir)?);
+        }
         self.add("bundle: dit", &inside(&dir.join("dit"), &MODEL))?;
         self.add("bundle: vae", &inside(&dir.join("vae"), &MODEL))?;
         self.add("bundle: t5", &inside(&dir.join("t5"), &TEXT_MODEL))?;

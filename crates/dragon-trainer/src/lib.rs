@@ -1,11 +1,11 @@
 //! Training and measuring: the losses, the DRAGON loop, pre-training, evaluation and reports.
 //!
 //! Read in this order: [`finetune`] (the DRAGON loop), [`losses`] (what it learns from D+ and D-), [`rollout`] and
-//! [`embedder`] (from prompts to what a reward sees), [`bundle`] (model folders); [`pretrain`] (the
+//! [`embedder`] (from prompts to what a reward sees), [`bundle`] and [`mod@diffusion`] (model folders), [`mod@stable_audio`] (a published one); [`pretrain`] (the
 //! [`pretrain::Task`] trait and the loop all trainings share), [`run`], [`inputs`] and [`checkpoint`] (run folders, the
 //! files that a run reads, exact resume), [`tensorboard`]; [`eval`] with [`report`], [`card`], [`generate`];
 //! [`embed`], [`song_encoder`], [`cache`] and [`sets`] (files to embeddings),
-//! [`score`] (any systems against a reference); [`mod@stable_audio`] (the published model); [`mod@bench`] (how fast the parts are).
+//! [`score`] (any systems against a reference); [`mod@bench`] (how fast the parts are).
 
 pub mod bench;
 pub mod bundle;
@@ -13,6 +13,7 @@ pub mod cache;
 pub mod card;
 pub mod checkpoint;
 pub mod device;
+pub mod diffusion;
 pub mod embed;
 pub mod embedder;
 pub mod error;

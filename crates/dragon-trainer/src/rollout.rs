@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use std::sync::Mutex;
 
 use candle_core::Tensor;
-use dragon_diffusion::{Model, SamplerConfig, TextCond, prompts_noise, sample_in_batches};
+use dragon_diffusion::{DiffusionModel, Noise, SamplerConfig, TextCond, sample_in_batches};
 
 use crate::bundle::Bundle;
 use crate::error::{Error, Result};
@@ -40,13 +40,10 @@ impl TextCache {
     }
 }
 
-/// Standard normal noise for each `(key, seed)`, `[B, C, T]`; the same for every model, machine and batch.
-///
-/// # Errors
-/// If there is no key.
-pub fn noise(bundle: &Bundle, keys: &[(&str, u64)]) -> Result<Tensor> {
+/// Noise for each `(key, seed)`, of the latents' shape.
+pub fn noise(bundle: &Bundle, keys: &[(&str, u64)]) -> Noise {
     let (_, channels, frames) = bundle.latent_shape(1);
-    Ok(prompts_noise(keys, channels, frames)?.to_device(&bundle.device)?)
+    Noise::new(keys, channels, frames, &bundle.device)
 }
 
 /// What it takes to generate songs of prompts, besides a model.
@@ -70,17 +67,34 @@ pub struct Songs {
 }
 
 impl Sampling<'_> {
-    /// A song of each `(prompt, seed)`, from the noise that belongs to the two; `None` if `ctx.stop` was set meanwhile.
+    /// Normalised latents `[B, C, T]` of each `(prompt, seed)`, from the noise that belongs to the two; `None` if `ctx.stop`
+    /// was set meanwhile.
     ///
     /// # Errors
-    /// If there is no prompt or one is empty, and as [`latents`].
-    pub fn songs(&self, model: &Model, prompts: &[(&str, u64)], ctx: &RunContext) -> Result<Option<Songs>> {
+    /// If there is no prompt or one is empty, and as the function [`latents`].
+    pub fn latents(
+        &self,
+        model: &dyn DiffusionModel,
+        prompts: &[(&str, u64)],
+        ctx: &RunContext,
+    ) -> Result<Option<Tensor>> {
         let captions: Vec<&str> = prompts.iter().map(|prompt| prompt.0).collect();
-        let noise = noise(self.bundle, prompts)?;
+        let noise = noise(self.bundle, prompts);
         let cond = self.texts.get(self.bundle, &captions)?;
-        let Some(latents) = latents(model, &cond, &noise, self.sampler, self.batch, ctx, &captions)? else {
-            return Ok(None);
-        };
+        latents(model, &cond, &noise, self.sampler, self.batch, ctx, &captions)
+    }
+
+    /// [`Self::latents`] and their audio.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn songs(
+        &self,
+        model: &dyn DiffusionModel,
+        prompts: &[(&str, u64)],
+        ctx: &RunContext,
+    ) -> Result<Option<Songs>> {
+        let Some(latents) = self.latents(model, prompts, ctx)? else { return Ok(None) };
         let clips = self.bundle.decode(&latents)?;
         Ok(Some(Songs { latents, clips }))
     }
@@ -92,9 +106,9 @@ impl Sampling<'_> {
 /// # Errors
 /// If the sampler's settings are out of range, or the model gives latents that are not finite.
 pub fn latents(
-    model: &Model,
+    model: &dyn DiffusionModel,
     cond: &TextCond,
-    noise: &Tensor,
+    noise: &Noise,
     sampler: &SamplerConfig,
     batch: usize,
     ctx: &RunContext,

@@ -26,6 +26,7 @@ fn metrics(cfg: &FinetuneConfig) -> Vec<MetricConfig> {
 
 fn eval_config(cfg: &FinetuneConfig, tuned: &std::path::Path) -> EvalConfig {
     EvalConfig {
+        length: Default::default(),
         seed: 3,
         bundle: cfg.bundle.clone(),
         tuned: tuned.to_owned(),
@@ -94,6 +95,7 @@ fn a_generation_does_not_depend_on_its_batch() {
     let dir = tempfile::tempdir().unwrap();
     let cfg = tiny_bundle(&bundle_in(&dir));
     let mut generate_cfg = GenerateConfig {
+        length: Default::default(),
         seed: 1,
         bundle: cfg.bundle.clone(),
         tuned: None,
@@ -197,12 +199,13 @@ fn mistakes_are_named() {
     }
     // A model of another shape is not compared.
     let other = dir.path().join("other");
-    let (mut config, _) = bundle::load_dit(&cfg.bundle.join("dit"), &candle_core::Device::Cpu).unwrap();
+    let mut config: dragon_diffusion::Config =
+        bundle::read_json(&cfg.bundle.join("dit/config.json")).unwrap();
     config.dit.depth += 1;
     let params = dragon_nn::Params::new(0);
     dragon_diffusion::Model::new(&config, params.builder(candle_core::DType::F32, &candle_core::Device::Cpu))
         .unwrap();
-    bundle::save_dit(&other, &config, &params).unwrap();
+    dragon_trainer::diffusion::save_dit(&other, &config, &params).unwrap();
     let err = eval::run(&EvalConfig { tuned: other, ..good }, &out).unwrap_err();
     assert!(err.to_string().contains("another diffusion model"), "{err}");
 }

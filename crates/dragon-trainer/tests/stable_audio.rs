@@ -1,15 +1,27 @@
 //! Prompts to audio by a tiny Stable Audio in both published layouts, put together from the golden files.
 
+mod common;
+
 use candle_core::{DType, Device, Tensor};
+use dragon_diffusion::{Guidance, GuidanceKind, SamplerConfig, Solver};
 use dragon_encoders::t5::{self, T5Encoder};
-use dragon_nn::{Params, write_safetensors};
-use dragon_trainer::RunContext;
-use dragon_trainer::stable_audio::{Config, is_published, run};
+use dragon_nn::{LoraConfig, Params, write_safetensors};
+use dragon_trainer::bundle::Length;
+use dragon_trainer::finetune::{self, FinetuneConfig};
+use dragon_trainer::generate::{GenerateConfig, run};
+use dragon_trainer::stable_audio::is_published;
+use dragon_trainer::{RunContext, eval};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 const CPU: Device = Device::Cpu;
+
+const SAMPLER: SamplerConfig = SamplerConfig {
+    solver: Solver::Dpmpp2mSde,
+    n_steps: 4,
+    guidance: Guidance { kind: GuidanceKind::Cfg, scale: 7.0, sigma_lo: 0.0, sigma_hi: 500.0 },
+};
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures")
@@ -129,14 +141,13 @@ fn write_stable_audio_tools(dir: &Path) {
     write_text_encoder(&t5, &t5.join("tokenizer.json"));
 }
 
-fn config(model: &Path) -> Config {
-    Config {
+fn config(model: &Path) -> GenerateConfig {
+    GenerateConfig {
         seed: 3,
-        model: model.to_owned(),
-        seconds: 0.02,
-        n_frames: None,
-        n_steps: 4,
-        guidance_scale: 7.0,
+        bundle: model.to_owned(),
+        length: Length { seconds: Some(0.02), n_frames: None },
+        tuned: None,
+        sampler: SAMPLER,
         batch: 2,
         variants: 1,
         prompts: ["a slow harp melody", "a jig on a violin", "drums"].map(str::to_owned).into(),
@@ -158,7 +169,8 @@ fn both_layouts_give_the_same_pieces_whatever_the_batch() {
     assert_ne!(audio.channels[0], audio.channels[1]);
     let others = run(&config(&tools), &RunContext::new(dir.path().join("b"))).unwrap();
     let alone =
-        run(&Config { batch: 1, ..config(&diffusers) }, &RunContext::new(dir.path().join("c"))).unwrap();
+        run(&GenerateConfig { batch: 1, ..config(&diffusers) }, &RunContext::new(dir.path().join("c")))
+            .unwrap();
     for ((one, other), alone) in files.iter().zip(&others).zip(&alone) {
         let bytes = std::fs::read(one).unwrap();
         assert_eq!(bytes, std::fs::read(other).unwrap());
@@ -172,14 +184,15 @@ fn what_cannot_work_is_said() {
     let dir = tempfile::tempdir().unwrap();
     let (model, out) = (dir.path().join("model"), dir.path().join("out"));
     write_stable_audio_tools(&model);
-    let message = |cfg: Config| {
+    let message = |cfg: GenerateConfig| {
         let err = run(&cfg, &RunContext::new(&out)).unwrap_err();
         assert_eq!(err.exit_code(), 1);
         err.to_string()
     };
-    let said = message(Config { seconds: 0.025, ..config(&model) });
+    let said =
+        message(GenerateConfig { length: Length { seconds: Some(0.025), n_frames: None }, ..config(&model) });
     assert!(said.contains("seconds") && said.contains("0.024"), "{said}");
-    let said = message(Config { prompts: vec![], ..config(&model) });
+    let said = message(GenerateConfig { prompts: vec![], ..config(&model) });
     assert!(said.contains("no prompt"), "{said}");
     std::fs::rename(model.join("t5-base"), model.join("t5")).unwrap();
     let said = message(config(&model));
@@ -202,4 +215,145 @@ fn what_cannot_work_is_said() {
     let said = message(config(&model));
     assert!(said.contains("AudioLDMPipeline"), "{said}");
     assert!(!out.exists());
+}
+
+/// Fine-tuning towards statistics of latents, in the folder `dir`.
+fn tuning(dir: &Path, lora: Option<LoraConfig>) -> FinetuneConfig {
+    let mut cfg = common::tiny_bundle(&dir.join("ours"));
+    cfg.bundle = dir.join("model");
+    cfg.length = Length { seconds: None, n_frames: Some(12) };
+    cfg.rollout.sampler = SAMPLER;
+    cfg.validation.sampler = SAMPLER;
+    cfg.update.lora = lora;
+    cfg.run.steps = 4;
+    cfg
+}
+
+fn adapters() -> LoraConfig {
+    let targets = ["to_q", "to_k", "to_v", "to_out.0"].map(str::to_owned).into();
+    LoraConfig { rank: 2, alpha: 4.0, targets }
+}
+
+#[test]
+fn adapters_are_tuned_exported_as_peft_and_generate() {
+    let dir = tempfile::tempdir().unwrap();
+    write_diffusers(&dir.path().join("model"));
+    let cfg = tuning(dir.path(), Some(adapters()));
+    let out = dir.path().join("run");
+    assert!(finetune::run(&cfg, &RunContext::new(&out)).unwrap().finished);
+    // Every attention's four maps in two blocks, twice: to the frames and to the texts.
+    let tuned = candle_core::safetensors::load(out.join("model/adapter_model.safetensors"), &CPU).unwrap();
+    assert_eq!(tuned.len(), 2 * 2 * 4 * 2);
+    let b = &tuned["base_model.model.transformer_blocks.1.attn2.to_out.0.lora_B.weight"];
+    assert_eq!(b.dims(), [32, 2]);
+    assert!(b.abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap() > 0.0, "nothing was learned");
+    let json: Value =
+        serde_json::from_slice(&std::fs::read(out.join("model/adapter_config.json")).unwrap()).unwrap();
+    assert_eq!((&json["r"], &json["lora_alpha"]), (&json!(2), &json!(4.0)));
+
+    // A run that was stopped and continued ends in the same bytes.
+    let again = dir.path().join("again");
+    let half =
+        FinetuneConfig { run: dragon_trainer::pretrain::LoopConfig { steps: 2, ..cfg.run }, ..cfg.clone() };
+    finetune::run(&half, &RunContext::new(&again)).unwrap();
+    finetune::run(&cfg, &RunContext { resume: true, ..RunContext::new(&again) }).unwrap();
+    let bytes = |run: &Path| std::fs::read(run.join("model/adapter_model.safetensors")).unwrap();
+    assert!(bytes(&out) == bytes(&again));
+
+    let generate = |tuned: Option<PathBuf>, to: &str| {
+        let cfg = GenerateConfig { tuned, ..config(&cfg.bundle) };
+        std::fs::read(&run(&cfg, &RunContext::new(dir.path().join(to))).unwrap()[0]).unwrap()
+    };
+    assert_ne!(generate(None, "plain"), generate(Some(out.clone()), "tuned"));
+
+    // The base of the evaluation is the model without them.
+    let measure = eval::EvalConfig {
+        seed: 0,
+        bundle: cfg.bundle.clone(),
+        length: cfg.length,
+        tuned: out.clone(),
+        prompts: cfg.prompts.clone(),
+        split: dragon_trainer::bundle::Split::Test,
+        n_prompts: 4,
+        sampler: SAMPLER,
+        batch: 2,
+        embed: cfg.embed.clone(),
+        metrics: vec![eval::MetricConfig { name: "target".into(), reward: cfg.reward.clone() }],
+        bootstrap: eval::BootstrapConfig { subsets: 9, songs: 3 },
+        examples: 1,
+    };
+    let summary = eval::run(&measure, &RunContext::new(out.clone())).unwrap();
+    assert_ne!(summary.metrics[0].base, summary.metrics[0].tuned);
+
+    // Adapters of another model are refused by names and shapes.
+    let other = dir.path().join("other");
+    std::fs::create_dir(&other).unwrap();
+    std::fs::copy(out.join("model/adapter_config.json"), other.join("adapter_config.json")).unwrap();
+    write(
+        &other.join("adapter_model.safetensors"),
+        &BTreeMap::from([(
+            "base_model.model.w.lora_A.weight".into(),
+            Tensor::zeros(1, DType::F32, &CPU).unwrap(),
+        )]),
+    );
+    let err = run(&GenerateConfig { tuned: Some(other), ..config(&cfg.bundle) }, &RunContext::new("no"))
+        .unwrap_err();
+    let said = err.to_string();
+    assert!(
+        said.contains("`w.lora_A.weight`: not used") && said.contains("attn1.to_q.lora_A.weight"),
+        "{said}"
+    );
+}
+
+#[test]
+fn all_weights_are_tuned_and_exported_as_diffusers_transformer() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    write_stable_audio_tools(&model);
+    let cfg = tuning(dir.path(), None);
+    let out = dir.path().join("run");
+    finetune::run(&cfg, &RunContext::new(&out)).unwrap();
+    let read = |path: PathBuf| candle_core::safetensors::load(path, &CPU).unwrap();
+    let tuned = read(out.join("model/diffusion_pytorch_model.safetensors"));
+    let base = renamed(&load("dragon-diffusion/stable_audio/case.safetensors"), "diffusers.transformer.", "");
+    assert_eq!(tuned.keys().collect::<std::collections::BTreeSet<_>>(), base.keys().collect());
+    for (name, before) in &base {
+        let moved = (before.to_dtype(DType::F32).unwrap() - &tuned[name]).unwrap().abs().unwrap().sum_all().unwrap();
+        assert!(moved.to_scalar::<f32>().unwrap() > 0.0, "{name} stayed as it was");
+    }
+    // In the place of the network that it was tuned from it makes the same pieces.
+    let diffusers = dir.path().join("diffusers");
+    write_diffusers(&diffusers);
+    let tune = GenerateConfig { tuned: Some(out.clone()), ..config(&model) };
+    let want = run(&tune, &RunContext::new(dir.path().join("a"))).unwrap();
+    for file in ["config.json", "diffusion_pytorch_model.safetensors"] {
+        std::fs::copy(out.join("model").join(file), diffusers.join("transformer").join(file)).unwrap();
+    }
+    let got = run(&config(&diffusers), &RunContext::new(dir.path().join("b"))).unwrap();
+    assert_eq!(std::fs::read(&got[0]).unwrap(), std::fs::read(&want[0]).unwrap());
+
+    let refused = |cfg: FinetuneConfig, part: &str| {
+        let err = finetune::run(&cfg, &RunContext::new(dir.path().join("refused"))).unwrap_err();
+        assert_eq!(err.exit_code(), 1);
+        assert!(err.to_string().contains(part), "{part}: {err}");
+    };
+    let lora = |change: fn(&mut LoraConfig)| {
+        let mut lora = adapters();
+        change(&mut lora);
+        FinetuneConfig {
+            update: finetune::UpdateConfig { lora: Some(lora), ..cfg.update.clone() },
+            ..cfg.clone()
+        }
+    };
+    refused(lora(|lora| lora.rank = 0), "`rank`");
+    refused(lora(|lora| lora.targets = vec!["to_qq".into()]), "to_k, to_out.0, to_q, to_v");
+    let mut both = lora(|_| ());
+    both.update.parameters = vec!["attn1".into()];
+    refused(both, "update.lora");
+    refused(
+        FinetuneConfig { length: Length { seconds: Some(3.0), n_frames: None }, ..cfg.clone() },
+        "seconds",
+    );
+    let ours = FinetuneConfig { bundle: dir.path().join("ours"), ..cfg.clone() };
+    refused(ours, "makes songs of one length");
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Result, bail};
 use dragon_trainer::SamplerConfig;
-use dragon_trainer::bundle::Split;
+use dragon_trainer::bundle::{Length, Split};
 use dragon_trainer::embedder::{EmbedConfig, EncoderConfig};
 use dragon_trainer::eval::{self, BootstrapConfig, EvalConfig, FoldersConfig, MetricConfig};
 use serde::{Deserialize, Serialize};
@@ -56,6 +56,9 @@ pub struct EvalPreset {
     pub split: Split,
     /// How many.
     pub n_prompts: usize,
+    /// Length of the songs of a published model.
+    #[serde(default, skip_serializing_if = "Length::is_default")]
+    pub length: Length,
     /// How latents are sampled.
     pub sampler: SamplerConfig,
     /// Songs sampled at a time.
@@ -76,6 +79,7 @@ impl EvalPreset {
         EvalConfig {
             seed: self.seed,
             bundle,
+            length: self.length,
             tuned,
             prompts,
             split: self.split,

@@ -41,8 +41,8 @@ struct Preset {
     eval: EvalPreset,
 }
 
-/// Reads a preset. Its table `eval` is laid over the preset `eval/default`, the rest is the run. The run's seed and
-/// encoders hold for the evaluation too; its reward is the evaluation's target, and validations watch all the others.
+/// Reads a preset. Its table `eval` is laid over the preset `eval/default`, the rest is the run. The run's seed, encoders and
+/// length of songs hold for the evaluation too; its reward is the evaluation's target, and validations watch all the others.
 fn resolve(preset: &str, config: &ConfigArgs) -> Result<Preset> {
     let (preset, file, overrides) = (format!("finetune/{preset}"), config.path(), config.overrides());
     let origin = settings::origin(&preset, file, &overrides);
@@ -53,7 +53,7 @@ fn resolve(preset: &str, config: &ConfigArgs) -> Result<Preset> {
         Some(other) => bail!("{origin}: `eval` is {other}, not a table\nhint: write [eval]"),
     };
     let mut eval = settings::table("eval/default", None, &[])?;
-    for key in ["seed", "embed"] {
+    for key in ["seed", "embed", "length"] {
         if let Some(value) = table.get(key) {
             settings::overlay(&mut eval, Table::from_iter([(key.to_owned(), value.clone())]));
         }

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result};
 use dragon_trainer::SamplerConfig;
+use dragon_trainer::bundle::Length;
 use dragon_trainer::generate::{self, GenerateConfig};
 use dragon_trainer::stable_audio;
 use serde::{Deserialize, Serialize};
@@ -70,19 +71,12 @@ struct GeneratePreset {
 struct StableAudioPreset {
     seed: u64,
     model: PathBuf,
+    tuned: Option<PathBuf>,
     seconds: f64,
     n_frames: Option<usize>,
     variants: usize,
     batch: usize,
-    sampler: StableAudioSampler,
-}
-
-/// See [`StableAudioPreset`].
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct StableAudioSampler {
-    n_steps: usize,
-    guidance_scale: f64,
+    sampler: SamplerConfig,
 }
 
 /// Runs the command.
@@ -102,39 +96,31 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     }
     let mut ctx = context(args.out, false, stop);
     ctx.device = dragon_trainer::device(&args.device)?;
-    if published.is_some_and(|dir| stable_audio::is_published(&dir)) {
-        if overrides.iter().any(|item| item.starts_with("tuned=")) {
-            anyhow::bail!(
-                "Stable Audio Open cannot be tuned yet\nhint: leave --tuned out, or name our own model folder"
-            );
-        }
+    let config = if published.is_some_and(|dir| stable_audio::is_published(&dir)) {
         let preset: StableAudioPreset =
             settings::resolve("generate/stable-audio", args.config.path(), &overrides)?;
-        let config = stable_audio::Config {
+        GenerateConfig {
             seed: preset.seed,
-            model: preset.model,
-            seconds: preset.seconds,
-            n_frames: preset.n_frames,
-            n_steps: preset.sampler.n_steps,
-            guidance_scale: preset.sampler.guidance_scale,
+            bundle: preset.model,
+            length: Length { seconds: Some(preset.seconds), n_frames: preset.n_frames },
+            tuned: preset.tuned,
+            sampler: preset.sampler,
             batch: preset.batch,
             variants: preset.variants,
             prompts,
-        };
-        for file in stable_audio::run(&config, &ctx)? {
-            println!("{}", file.display());
         }
-        return Ok(());
-    }
-    let preset: GeneratePreset = settings::resolve("generate/default", args.config.path(), &overrides)?;
-    let config = GenerateConfig {
-        seed: preset.seed,
-        bundle: preset.model,
-        tuned: preset.tuned,
-        sampler: preset.sampler,
-        batch: preset.batch,
-        variants: preset.variants,
-        prompts,
+    } else {
+        let preset: GeneratePreset = settings::resolve("generate/default", args.config.path(), &overrides)?;
+        GenerateConfig {
+            seed: preset.seed,
+            bundle: preset.model,
+            length: Length::default(),
+            tuned: preset.tuned,
+            sampler: preset.sampler,
+            batch: preset.batch,
+            variants: preset.variants,
+            prompts,
+        }
     };
     for file in generate::run(&config, &ctx)? {
         println!("{}", file.display());

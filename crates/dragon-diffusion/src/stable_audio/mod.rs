@@ -11,7 +11,9 @@
 
 pub mod published;
 
-use crate::guidance::{ConditionalDenoiser, Denoiser};
+use crate::dit::TextCond;
+use crate::edm::Edm;
+use crate::model::{Denoise, DiffusionModel};
 use candle_core::{D, Device, Result, Tensor, bail};
 use candle_nn::{Module, VarBuilder};
 use dragon_nn::{LayerNorm, Linear, Rotary};
@@ -108,37 +110,28 @@ pub struct StableAudio {
     pub dit: StableAudioDit,
     /// Seconds to tokens.
     pub numbers: NumberConditioners,
+    /// Length of the pieces that the network is told.
+    pub seconds: f64,
 }
 
 impl StableAudio {
-    /// Lowest and highest noise level of the published sampler.
-    pub const SIGMAS: (f64, f64) = (0.3, 500.0);
+    /// Latents of unit variance; the published sampler's lowest and highest noise level; mean and deviation of `ln sigma` in
+    /// training, where `sigma` was the tangent of an angle that is uniform in (0, pi/2).
+    pub const EDM: Edm = Edm {
+        sigma_data: 1.0,
+        p_mean: 0.0,
+        p_std: std::f64::consts::FRAC_PI_2,
+        sigma_min: 0.3,
+        sigma_max: 500.0,
+        rho: 1.0, // its schedule is another: see `schedule`
+    };
 
-    /// Reads `transformer` and `projection_model` under `vb`, the folders of diffusers.
+    /// Reads the network under `vb`, in diffusers' names.
     ///
     /// # Errors
     /// If the config contradicts itself, or a tensor is missing or misshapen.
-    pub fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
-        Self::from_parts(cfg, vb.pp("transformer"), vb.pp("projection_model"))
-    }
-
-    /// As [`Self::new`], with network and conditioners from two sources.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn from_parts(cfg: &Config, transformer: VarBuilder, projection_model: VarBuilder) -> Result<Self> {
-        Ok(Self {
-            dit: StableAudioDit::new(cfg, transformer)?,
-            numbers: NumberConditioners::new(cfg, projection_model)?,
-        })
-    }
-
-    /// The `n_steps + 1` noise levels of the published sampler: evenly spaced logarithms, then 0.
-    pub fn schedule(n_steps: usize) -> Vec<f64> {
-        let (low, high) = (Self::SIGMAS.0.ln(), Self::SIGMAS.1.ln());
-        let last = n_steps.saturating_sub(1).max(1) as f64;
-        let levels = (0..n_steps).map(|i| (high + i as f64 / last * (low - high)).exp());
-        levels.chain(std::iter::once(0.0)).collect()
+    pub fn new(cfg: &Config, vb: VarBuilder, numbers: NumberConditioners, seconds: f64) -> Result<Self> {
+        Ok(Self { dit: StableAudioDit::new(cfg, vb)?, numbers, seconds })
     }
 
     /// The denoised estimates of a batch with a noise level for each example. Carries gradients.
@@ -165,48 +158,56 @@ impl StableAudio {
         kept - v.broadcast_mul(&column(&|sigma| sigma / total(sigma).sqrt())?)?
     }
 
-    /// The model with fixed conditions, as a denoiser for sampling. Without the condition the tokens are zeros, numbers
-    /// included, and the numbers still come before the frames.
+    /// What the network is told of a batch of texts: their states, and that each piece is whole and lasts [`Self::seconds`].
     ///
     /// # Errors
-    /// If the shapes do not fit the config.
-    pub fn with_conditions(&self, conditions: &Conditions, n_frames: usize) -> Result<Conditioned<'_>> {
-        let null = Conditions { tokens: conditions.tokens.zeros_like()?, ..conditions.clone() };
-        Ok(Conditioned {
-            model: self,
-            conditional: self.dit.context(conditions, n_frames)?.detach(),
-            null: self.dit.context(&null, n_frames)?.detach(),
-        })
+    /// If the shapes do not fit.
+    pub fn conditions(&self, cond: &TextCond) -> Result<Conditions> {
+        let seconds = vec![(0.0, self.seconds); cond.states.dim(0)?];
+        self.numbers.conditions(&cond.states, &cond.mask, &seconds)
+    }
+
+    fn prepared(&self, conditions: &Conditions, n_frames: usize) -> Result<Denoise<'_>> {
+        let context = self.dit.context(conditions, n_frames)?;
+        Ok(Box::new(move |x, sigmas| self.denoise_with(x, sigmas, &context)))
     }
 }
 
-/// A [`StableAudio`] with the conditions of a batch; its estimates carry no gradient.
-pub struct Conditioned<'a> {
-    model: &'a StableAudio,
-    conditional: Context,
-    null: Context,
-}
-
-impl Conditioned<'_> {
-    fn run(&self, x: &Tensor, sigma: f64, context: &Context) -> Result<Tensor> {
-        let sigmas = vec![sigma; x.dim(0)?];
-        Ok(self.model.denoise_with(&x.detach(), &sigmas, context)?.detach())
-    }
-}
-
-impl ConditionalDenoiser for Conditioned<'_> {
-    fn conditional(&self, x: &Tensor, sigma: f64) -> Result<Tensor> {
-        self.run(x, sigma, &self.conditional)
+impl DiffusionModel for StableAudio {
+    fn edm(&self) -> &Edm {
+        &Self::EDM
     }
 
-    fn unconditional(&self, x: &Tensor, sigma: f64) -> Result<Tensor> {
-        self.run(x, sigma, &self.null)
+    /// Evenly spaced logarithms, then 0: the published sampler's.
+    fn schedule(&self, n_steps: usize) -> Vec<f64> {
+        let (low, high) = (Self::EDM.sigma_min.ln(), Self::EDM.sigma_max.ln());
+        let last = n_steps.saturating_sub(1).max(1) as f64;
+        let levels = (0..n_steps).map(|i| (high + i as f64 / last * (low - high)).exp());
+        levels.chain(std::iter::once(0.0)).collect()
     }
-}
 
-impl Denoiser for Conditioned<'_> {
-    fn denoise(&self, x: &Tensor, sigma: f64) -> Result<Tensor> {
-        self.conditional(x, sigma)
+    /// That of noisy latents of unit variance.
+    fn start_deviation(&self, sigma: f64) -> f64 {
+        (sigma.powi(2) + 1.0).sqrt()
+    }
+
+    fn with_texts(&self, cond: &TextCond, drop: Option<&[bool]>, n_frames: usize) -> Result<Denoise<'_>> {
+        let conditions = self.conditions(cond)?;
+        let Some(drop) = drop else { return self.prepared(&conditions, n_frames) };
+        let batch = cond.states.dim(0)?;
+        if drop.len() != batch {
+            bail!("expected one drop flag for each of {batch} examples, found {}", drop.len());
+        }
+        let kept: Vec<f32> = drop.iter().map(|&drop| if drop { 0.0 } else { 1.0 }).collect();
+        let kept = Tensor::from_vec(kept, (batch, 1, 1), cond.states.device())?;
+        let tokens = conditions.tokens.broadcast_mul(&kept.to_dtype(conditions.tokens.dtype())?)?;
+        self.prepared(&Conditions { tokens, ..conditions }, n_frames)
+    }
+
+    /// The tokens are zeros, those of the numbers too; the numbers still come before the frames.
+    fn without_texts(&self, cond: &TextCond, n_frames: usize) -> Result<Denoise<'_>> {
+        let conditions = self.conditions(cond)?;
+        self.prepared(&Conditions { tokens: conditions.tokens.zeros_like()?, ..conditions }, n_frames)
     }
 }
 
@@ -330,14 +331,6 @@ pub struct Context {
     /// `[B, width]`.
     global: Tensor,
     rotary: Rotary,
-}
-
-impl Context {
-    /// The same conditions without their history.
-    pub fn detach(self) -> Self {
-        let keys_values = self.keys_values.iter().map(|(k, v)| (k.detach(), v.detach())).collect();
-        Self { keys_values, global: self.global.detach(), ..self }
-    }
 }
 
 /// The network.

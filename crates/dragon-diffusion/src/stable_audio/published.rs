@@ -49,6 +49,24 @@ pub fn from_diffusers(transformer: &Value, projection: &Value) -> Result<Publish
     Ok(Published { config, n_frames: n("sample_size")?, max_tokens: 128 })
 }
 
+/// What diffusers has in `transformer/config.json` for a network trained on `n_frames` latent frames.
+pub fn diffusers_config(cfg: &Config, n_frames: usize) -> Value {
+    serde_json::json!({
+        "_class_name": "StableAudioDiTModel",
+        "attention_head_dim": cfg.head_dim,
+        "cross_attention_dim": cfg.cross_dim,
+        "cross_attention_input_dim": cfg.cond_dim,
+        "global_states_input_dim": 2 * cfg.cond_dim,
+        "in_channels": cfg.latent_channels,
+        "num_attention_heads": cfg.heads,
+        "num_key_value_attention_heads": cfg.text_heads,
+        "num_layers": cfg.depth,
+        "out_channels": cfg.latent_channels,
+        "sample_size": n_frames,
+        "time_proj_dim": cfg.time_features,
+    })
+}
+
 /// Reads stable-audio-tools' `model_config.json` of a `diffusion_cond` model; `hop` is the autoencoder's.
 ///
 /// # Errors
@@ -115,8 +133,8 @@ fn number(json: &Value, key: &str) -> Result<usize, String> {
     whole.map(|n| n as usize).ok_or_else(|| format!("`{key}`: expected a whole number, found {found}"))
 }
 
-/// Where a checkpoint of stable-audio-tools (`model.safetensors` beside `model_config.json`) has the tensor `name` of
-/// [`super::StableAudio`]; it keeps queries, keys and values in one tensor. For names of other parts: the name itself.
+/// Where a checkpoint of stable-audio-tools (`model.safetensors` beside `model_config.json`) has the tensor `transformer.…` or
+/// `projection_model.…` of [`super::StableAudio`], named as diffusers' folders and files; it keeps queries, keys and values in one tensor. For names of other parts: the name itself.
 pub fn stable_audio_tools(name: &str) -> Source {
     tools_source(name).unwrap_or_else(|| Source::from(name.to_string()))
 }
@@ -188,6 +206,7 @@ mod tests {
         let got = from_diffusers(&transformer, &projection).unwrap();
         let want = Published { config: Config::stable_audio_open(), n_frames: 1024, max_tokens: 128 };
         assert_eq!(got, want);
+        assert_eq!(diffusers_config(&got.config, got.n_frames), transformer);
         let numbers =
             |id: &str| json!({"id": id, "type": "number", "config": {"min_val": 0, "max_val": 512}});
         let mut tools = json!({

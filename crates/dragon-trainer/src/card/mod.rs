@@ -15,7 +15,7 @@ pub use asked::CaptionTest;
 use candle_core::{DType, Tensor};
 use dragon_audio::Key;
 use dragon_data::{Entry, Split, read_manifest};
-use dragon_diffusion::{Model, SamplerConfig};
+use dragon_diffusion::{DiffusionModel, SamplerConfig};
 use dragon_encoders::clap::ClapEncoder;
 use dragon_encoders::musicnn::Musicnn;
 use dragon_metrics::{FrechetReference, Rows};
@@ -157,15 +157,16 @@ pub fn run(cfg: &CardConfig, bundle: &Path, manifest: &Path, ctx: &RunContext) -
     };
     let captions: Vec<&str> = other.iter().map(|e| e.caption.as_str()).collect();
     let texts = TextCache::default();
-    let sampled = |model: &Model, range: Range<usize>| -> Result<Vec<Vec<f32>>> {
+    let sampled = |model: &dyn DiffusionModel, range: Range<usize>| -> Result<Vec<Vec<f32>>> {
         let part = &captions[range];
         let keys: Vec<(&str, u64)> = part.iter().map(|&caption| (caption, cfg.seed)).collect();
-        let (noise, cond) = (rollout::noise(&bundle, &keys)?, texts.get(&bundle, part)?);
+        let (noise, cond) = (rollout::noise(&bundle, &keys), texts.get(&bundle, part)?);
         let latents = rollout::latents(model, &cond, &noise, &cfg.sampler, cfg.batch, ctx, part)?;
         bundle.decode(&latents.ok_or_else(stopped)?)
     };
-    let base = bundle.base_model()?;
-    let untrained = Model::new(&bundle.dit_config, Params::new(cfg.seed).builder(DType::F32, &ctx.device))?;
+    let base = bundle.diffusion.base()?;
+    let random = Params::new(cfg.seed).builder(DType::F32, &ctx.device);
+    let untrained = bundle.diffusion.architecture.build(random)?;
 
     let first = measure.system("reference half", &reference, &|range| measure.clips(&reference[range]))?;
     let references: Vec<FrechetReference> = (0..cfg.views.len())
@@ -179,11 +180,11 @@ pub fn run(cfg: &CardConfig, bundle: &Path, manifest: &Path, ctx: &RunContext) -
         measure.system("its round trip through the VAE", &other, &|range| {
             bundle.decode(&measure.latents(&measure.clips(&other[range])?)?)
         })?,
-        measure.system("generations for its captions", &other, &|range| sampled(&base, range))?,
-        measure.system("untrained network", &other, &|range| sampled(&untrained, range))?,
+        measure.system("generations for its captions", &other, &|range| sampled(base.as_ref(), range))?,
+        measure.system("untrained network", &other, &|range| sampled(untrained.as_ref(), range))?,
         measure.system("decoded noise", &other, &|range| {
             let keys: Vec<(&str, u64)> = captions[range].iter().map(|&caption| (caption, cfg.seed)).collect();
-            bundle.decode(&rollout::noise(&bundle, &keys)?)
+            bundle.decode(&rollout::noise(&bundle, &keys).draw()?)
         })?,
     ];
     let mut cards = Vec::new();

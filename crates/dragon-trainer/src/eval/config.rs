@@ -6,7 +6,7 @@ use dragon_diffusion::SamplerConfig;
 use dragon_rewards::RewardConfig;
 use serde::{Deserialize, Serialize};
 
-use crate::bundle::Split;
+use crate::bundle::{Length, Split};
 use crate::embedder::EmbedConfig;
 use crate::error::{Error, Result};
 
@@ -18,6 +18,9 @@ pub struct EvalConfig {
     pub seed: u64,
     /// Model folder with the base model.
     pub bundle: PathBuf,
+    /// Length of the songs of a published model.
+    #[serde(default, skip_serializing_if = "Length::is_default")]
+    pub length: Length,
     /// Folder of the tuned diffusion model, or of the run that made it.
     pub tuned: PathBuf,
     /// Prompt file.

@@ -27,9 +27,9 @@ pub(crate) use systems::caption_of;
 pub use tables::{appendix_tables, win_rates};
 
 use crate::bundle::{self, Bundle};
+use crate::diffusion::{tuned_dir, weights_path};
 use crate::embedder::{EmbedConfig, Embedder};
 use crate::error::{Error, Result};
-use crate::generate::{model_of, tuned_dir};
 use crate::rollout::{Sampling, TextCache};
 use crate::run::{Meter, RunContext, hex};
 use compare::Comparison;
@@ -45,16 +45,16 @@ pub fn run(cfg: &EvalConfig, ctx: &RunContext) -> Result<Summary> {
     cfg.check()?;
     let prompts = bundle::some_prompts_of(&cfg.prompts, cfg.split, cfg.n_prompts)?;
     let tuned_dir = tuned_dir(&cfg.tuned)?;
-    let bundle = Bundle::load(&cfg.bundle, &ctx.device)?;
-    let (base, tuned) = (bundle.base_model()?, model_of(&bundle, Some(&tuned_dir))?);
+    let bundle = Bundle::load_for(&cfg.bundle, &cfg.length, &ctx.device)?;
+    let (base, tuned) = (bundle.diffusion.base()?, bundle.diffusion.tuned(&tuned_dir)?);
     let (embedder, rewards) = rewards_of(&cfg.embed, &cfg.metrics, Some(&bundle), ctx)?;
     let mut meter = Meter::new(ctx.progress, 2 * prompts.len(), 0, 1.0, "songs");
     let texts = TextCache::default();
     let sampling = Sampling { bundle: &bundle, texts: &texts, sampler: &cfg.sampler, batch: cfg.batch };
     let generator = Generator { cfg, sampling, embedder: &embedder, rewards: &rewards, ctx };
     let systems = [
-        generator.system(&base, &prompts, 0, &mut meter)?,
-        generator.system(&tuned, &prompts, prompts.len(), &mut meter)?,
+        generator.system(base.as_ref(), &prompts, 0, &mut meter)?,
+        generator.system(tuned.as_ref(), &prompts, prompts.len(), &mut meter)?,
     ];
     meter.finish();
     let songs =
@@ -107,7 +107,8 @@ fn inputs_sha256(cfg: &EvalConfig) -> Result<String> {
     // Where the weights lie and how many songs are sampled at a time change no number.
     let config = EvalConfig { tuned: PathBuf::new(), batch: 0, ..cfg.clone() };
     let config = serde_json::to_vec(&config).map_err(|err| Error::Bug(err.to_string()))?;
-    let path = tuned_dir(&cfg.tuned)?.join("model.safetensors");
+    let dir = tuned_dir(&cfg.tuned)?;
+    let path = weights_path(&dir).unwrap_or(dir);
     let weights = std::fs::read(&path).map_err(Error::io("read", &path))?;
     Ok(hex(&Sha256::new().chain_update(config).chain_update(weights).finalize()))
 }

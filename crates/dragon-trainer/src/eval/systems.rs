@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use dragon_audio::Clip;
-use dragon_diffusion::Model;
+use dragon_diffusion::DiffusionModel;
 use dragon_rewards::{RewardSet, Song};
 use rayon::prelude::*;
 
@@ -36,7 +36,7 @@ impl Generator<'_> {
     /// The songs of `model`, after `before` others.
     pub fn system(
         &self,
-        model: &Model,
+        model: &dyn DiffusionModel,
         prompts: &[Prompt],
         before: usize,
         meter: &mut Meter,

@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use dragon_diffusion::{SamplerConfig, Weighting};
-use dragon_nn::AdamWConfig;
+use dragon_nn::{AdamWConfig, LoraConfig};
 use dragon_rewards::{RewardConfig, Split};
 use serde::{Deserialize, Serialize};
 
+use crate::bundle::Length;
 use crate::embedder::EmbedConfig;
 use crate::error::{Error, Result};
 use crate::eval::MetricConfig;
@@ -21,6 +22,9 @@ pub struct FinetuneConfig {
     pub seed: u64,
     /// Model folder: VAE, text encoder, the base diffusion model (which is also the reference), prompts.
     pub bundle: PathBuf,
+    /// Length of the songs of a published model.
+    #[serde(default, skip_serializing_if = "Length::is_default")]
+    pub length: Length,
     /// Prompt file; lines of split `train` are tuned on, lines of split `valid` measured during the run.
     pub prompts: PathBuf,
     /// How demonstrations are made.
@@ -98,6 +102,9 @@ pub struct UpdateConfig {
     /// Words of which one must be in the name of a variable for it to be tuned; empty, all are (as in the paper).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parameters: Vec<String>,
+    /// Adapters that are tuned instead of weights of the network; the reference is the network without them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraConfig>,
     /// Noise levels and noises drawn per demonstration and step: they average the loss without new generations; paper 1.
     pub draws: usize,
     /// Noise levels that are learned from: mean of `ln sigma`; left out, as the model was trained (the paper names none).
@@ -182,6 +189,17 @@ impl FinetuneConfig {
         }
         if let Some(std) = self.update.p_std.filter(|std| !(std.is_finite() && *std > 0.0)) {
             return Err(Error::config("update.p_std", "a number above 0", std));
+        }
+        if let Some(lora) = &self.update.lora {
+            lora.check().map_err(Error::input("config section `update.lora`"))?;
+            if !self.update.parameters.is_empty() {
+                let expected = "no words where there is `update.lora`: its `targets` say what is tuned";
+                return Err(Error::config(
+                    "update.parameters",
+                    expected,
+                    format!("{:?}", self.update.parameters),
+                ));
+            }
         }
         if self.update.ema_decay == 1.0 {
             return Err(Error::config("update.ema_decay", "a number below 1", 1.0));

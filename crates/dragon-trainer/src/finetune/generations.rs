@@ -3,12 +3,11 @@
 use std::collections::HashMap;
 
 use candle_core::Tensor;
-use dragon_diffusion::{Model, TextCond};
+use dragon_diffusion::TextCond;
 use dragon_nn::Rng;
 use dragon_rewards::{Demonstrations, Song};
 
 use super::{DemonstrationsConfig, FinetuneTask};
-use crate::bundle;
 use crate::embedder::Batch;
 use crate::error::{Error, Result};
 use crate::rollout;
@@ -35,18 +34,18 @@ impl FinetuneTask<'_> {
         let captions: Vec<&str> = ids.iter().map(|&i| self.train[i].caption.as_str()).collect();
         let keys = noise_keys(step, ids.iter().map(|&i| self.train[i].id.as_str()));
         let seeded: Vec<(&str, u64)> = keys.iter().map(|key| (key.as_str(), self.cfg.seed)).collect();
-        let noise = rollout::noise(self.bundle, &seeded)?;
+        let noise = rollout::noise(self.bundle, &seeded);
         let cond = self.texts.get(self.bundle, &captions)?;
         let by_reference: Vec<bool> =
             ids.iter().map(|_| rng.uniform() < self.cfg.rollout.reference_probability).collect();
-        let frozen = Model::new(&self.bundle.dit_config, bundle::frozen(&self.policy, &self.bundle.device))?;
+        let frozen = self.policy.frozen(self.policy.tuned())?;
         let mut rows: Vec<Option<Tensor>> = vec![None; ids.len()];
-        for (model, reference) in [(&frozen, false), (&self.reference, true)] {
+        for (model, reference) in [(frozen.as_ref(), false), (self.reference.as_ref(), true)] {
             let mine: Vec<usize> = (0..ids.len()).filter(|&row| by_reference[row] == reference).collect();
             if mine.is_empty() {
                 continue;
             }
-            let (noise, cond) = (select(&noise, &mine)?, select_cond(&cond, &mine)?);
+            let (noise, cond) = (noise.select(mine.iter().copied()), select_cond(&cond, &mine)?);
             let prompts: Vec<&str> = mine.iter().map(|&row| captions[row]).collect();
             let ctx = self.unstoppable();
             let sampler = &self.cfg.rollout.sampler;

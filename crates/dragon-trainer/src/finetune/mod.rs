@@ -9,6 +9,7 @@
 
 mod config;
 mod generations;
+mod policy;
 mod update;
 mod watch;
 
@@ -16,7 +17,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use dragon_diffusion::Model;
+use dragon_diffusion::DiffusionModel;
 use dragon_nn::{AdamW, Ema, Params, Rng};
 use dragon_rewards::{Reward, RewardSet, RunningStats};
 use serde::Serialize;
@@ -30,6 +31,7 @@ use crate::inputs::Inputs;
 use crate::pretrain::{self, Outcome, Task};
 use crate::rollout::{self, TextCache};
 use crate::run::RunContext;
+use policy::Policy;
 use watch::{Drift, Validation};
 
 /// Fine-tunes the base model of a model folder; the tuned model goes to `OUT/model/`.
@@ -46,14 +48,14 @@ pub fn run(cfg: &FinetuneConfig, ctx: &RunContext) -> Result<Outcome> {
     // The lock and the refusal to overwrite a run come before any weight is read.
     let resolved = Resolved { inputs: inputs_of(cfg)?, config: cfg };
     let mut folder = crate::run::RunFolder::open(ctx, "finetune", &resolved)?;
-    let bundle = Bundle::load(&cfg.bundle, &ctx.device)?;
+    let bundle = Bundle::load_for(&cfg.bundle, &cfg.length, &ctx.device)?;
     let sources: Vec<_> = cfg.watched().chain([&cfg.reward]).flat_map(|reward| reward.sources()).collect();
     let embedder = Embedder::load(&cfg.embed, &sources, &bundle.device)?;
     let rewards = embedder.reward(&cfg.reward, Some(&bundle), ctx)?;
     let mut task = FinetuneTask::new(cfg, &bundle, &embedder, rewards, train, valid, ctx)?;
     tracing::info!(
         "fine-tuning {:.2} M parameters towards {}",
-        task.tuned.len_params() as f64 / 1e6,
+        task.policy.tuned().len_params() as f64 / 1e6,
         cfg.reward.label()
     );
     pretrain::run_in(&mut folder, &mut task, &cfg.run, cfg.seed, ctx)
@@ -94,11 +96,10 @@ pub struct FinetuneTask<'a> {
     validation: Option<Validation>,
     drift: Drift,
     texts: TextCache,
-    policy: Params,
-    /// Those of the policy's variables that are tuned.
-    tuned: Params,
-    model: Model,
-    reference: Model,
+    policy: Policy<'a>,
+    /// The policy with gradients.
+    model: Box<dyn DiffusionModel>,
+    reference: Box<dyn DiffusionModel>,
     optimizer: AdamW,
     ema: Option<Ema>,
     ctx: RunContext,
@@ -128,21 +129,14 @@ impl<'a> FinetuneTask<'a> {
                 ));
             }
         }
-        let policy = bundle.dit.deep_clone()?;
-        let words = &cfg.update.parameters;
-        let tuned = policy.subset(|name| words.is_empty() || words.iter().any(|word| name.contains(word)));
-        if tuned.len_params() == 0 {
-            let names: Vec<String> = policy.names_and_vars().into_iter().map(|(name, _)| name).collect();
-            let expected = format!("parts of names of variables, which are {}", names.join(", "));
-            return Err(Error::config("update.parameters", expected, format!("{words:?}")));
-        }
-        let model = Model::new(&bundle.dit_config, bundle::partly_frozen(&policy, &tuned, &bundle.device))?;
-        let optimizer = AdamW::new(&tuned, cfg.update.optimizer.clone())?;
+        let policy = Policy::new(&cfg.update, &bundle.diffusion, cfg.seed)?;
+        let model = policy.model()?;
+        let optimizer = AdamW::new(policy.tuned(), cfg.update.optimizer.clone())?;
         let ema = match cfg.update.ema_decay {
             0.0 => None,
-            decay => Some(Ema::new(&policy, decay)?),
+            decay => Some(Ema::new(policy.tuned(), decay)?),
         };
-        let reference = bundle.base_model()?;
+        let reference = bundle.diffusion.base()?;
         let validation = match valid.is_empty() {
             true => None,
             false => Some(Validation::new(cfg, bundle, embedder, valid, ctx)?),
@@ -158,7 +152,6 @@ impl<'a> FinetuneTask<'a> {
             drift,
             texts,
             policy,
-            tuned,
             model,
             reference,
             optimizer,
@@ -167,14 +160,14 @@ impl<'a> FinetuneTask<'a> {
         })
     }
 
-    /// The policy's current weights.
-    pub fn policy(&self) -> &Params {
-        &self.policy
+    /// The variables that are tuned.
+    pub fn tuned(&self) -> &Params {
+        self.policy.tuned()
     }
 
-    /// The weights that are exported: averaged ones, if there are any.
+    /// The values that are exported: averaged ones, if there are any.
     fn exported(&self) -> &Params {
-        self.ema.as_ref().map_or(&self.policy, Ema::shadow)
+        self.ema.as_ref().map_or(self.policy.tuned(), Ema::shadow)
     }
 
     /// The prompts of a step: all training prompts in a new order each epoch.
@@ -224,7 +217,7 @@ impl Task for FinetuneTask<'_> {
 
     fn state(&self) -> Result<BTreeMap<String, Tensor>> {
         let mut state = BTreeMap::new();
-        pretrain::put(&mut state, "policy/", self.policy.tensors()?);
+        pretrain::put(&mut state, "policy/", self.policy.tuned().tensors()?);
         pretrain::put(&mut state, "optimizer/", self.optimizer.state()?);
         if let Some(ema) = &self.ema {
             pretrain::put(&mut state, "ema/", ema.shadow().tensors()?);
@@ -238,7 +231,10 @@ impl Task for FinetuneTask<'_> {
 
     fn load_state(&mut self, state: &BTreeMap<String, Tensor>) -> Result<()> {
         const WRONG: &str = "the checkpoint does not fit this run";
-        self.policy.load_tensors(&pretrain::take(state, "policy/"), "").map_err(Error::input(WRONG))?;
+        self.policy
+            .tuned()
+            .load_tensors(&pretrain::take(state, "policy/"), "")
+            .map_err(Error::input(WRONG))?;
         self.optimizer.load_state(&pretrain::take(state, "optimizer/")).map_err(Error::input(WRONG))?;
         if let Some(ema) = &self.ema {
             ema.shadow().load_tensors(&pretrain::take(state, "ema/"), "").map_err(Error::input(WRONG))?;
@@ -256,7 +252,7 @@ impl Task for FinetuneTask<'_> {
     }
 
     fn export(&self, dir: &Path) -> Result<()> {
-        bundle::save_dit(dir, &self.bundle.dit_config, self.exported())
+        self.policy.export(dir, self.exported())
     }
 
     fn headline(&self) -> &'static [&'static str] {

@@ -3,13 +3,12 @@
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor};
-use dragon_diffusion::{Edm, Model, denoising_errors};
+use dragon_diffusion::{DiffusionModel, Edm, denoising_errors};
 use dragon_nn::{Params, Rng};
 use dragon_rewards::Demonstrations;
 
 use super::generations::{Generations, select, select_cond};
 use super::{DemonstrationsConfig, FinetuneTask};
-use crate::bundle;
 use crate::error::{Error, Result};
 use crate::losses::{Errors, Labels, kto_baseline};
 
@@ -61,7 +60,7 @@ impl FinetuneTask<'_> {
         };
         let (_, channels, frames) = self.bundle.latent_shape(1);
         let count = groups.len() * self.cfg.update.draws;
-        let (own, trained) = (&self.cfg.update, &self.bundle.dit_config.edm);
+        let (own, trained) = (&self.cfg.update, self.reference.edm());
         let levels = Edm {
             p_mean: own.p_mean.unwrap_or(trained.p_mean),
             p_std: own.p_std.unwrap_or(trained.p_std),
@@ -82,7 +81,7 @@ impl FinetuneTask<'_> {
     /// Weighted denoising errors `[B]` of `model` on some rows.
     fn errors(
         &self,
-        model: &Model,
+        model: &dyn DiffusionModel,
         rows: &[Row],
         generations: &Generations,
         noise: &Tensor,
@@ -96,15 +95,14 @@ impl FinetuneTask<'_> {
         let scale = Tensor::from_vec(scale, (rows.len(), 1, 1), x0.device())?;
         let x = (&x0 + select(noise, &noises)?.broadcast_mul(&scale)?)?; // [B, C, T]
         let cond = select_cond(&generations.cond, &songs)?;
-        let context = model.dit.context(&cond, Some(&drop), x.dim(2)?)?;
-        let denoised = model.denoise_with(&x, &sigmas, &context)?; // [B, C, T]
-        Ok(denoising_errors(&model.edm, self.cfg.update.weighting, &denoised, &x0, &sigmas)?)
+        let denoised = model.with_texts(&cond, Some(&drop), x.dim(2)?)?(&x, &sigmas)?; // [B, C, T]
+        Ok(denoising_errors(model.edm(), self.cfg.update.weighting, &denoised, &x0, &sigmas)?)
     }
 
     /// Errors without gradient, in micro-batches.
     fn values(
         &self,
-        model: &Model,
+        model: &dyn DiffusionModel,
         rows: &[Row],
         generations: &Generations,
         noise: &Tensor,
@@ -125,14 +123,13 @@ impl FinetuneTask<'_> {
         generations: &Generations,
         noise: &Tensor,
     ) -> Result<Update> {
-        let reference = self.values(&self.reference, rows, generations, noise)?;
+        let reference = self.values(self.reference.as_ref(), rows, generations, noise)?;
         let whole = rows.len() <= self.cfg.update.micro_batch;
         // KTO's Q is the mean gap of the whole batch: known before the first micro-batch only by a pass of its own.
         let mut baseline = 0.0;
         if self.cfg.loss.needs_baseline() && !whole {
-            let frozen =
-                Model::new(&self.bundle.dit_config, bundle::frozen(&self.policy, &self.bundle.device))?;
-            let policy = self.values(&frozen, rows, generations, noise)?;
+            let frozen = self.policy.frozen(self.policy.tuned())?;
+            let policy = self.values(frozen.as_ref(), rows, generations, noise)?;
             baseline = kto_baseline(&gaps(&reference, &policy));
         }
         let count = if self.cfg.loss.needs_pairs() { rows.len() / 2 } else { rows.len() };
@@ -140,7 +137,7 @@ impl FinetuneTask<'_> {
         for (i, part) in rows.chunks(self.cfg.update.micro_batch).enumerate() {
             let start = i * self.cfg.update.micro_batch;
             let known = &reference[start..start + part.len()];
-            let errors = self.errors(&self.model, part, generations, noise)?;
+            let errors = self.errors(self.model.as_ref(), part, generations, noise)?;
             let values: Vec<f64> = errors.to_vec1::<f32>()?.into_iter().map(f64::from).collect();
             check_errors(step, part, &values, generations)?;
             if self.cfg.loss.needs_baseline() && whole {
@@ -156,7 +153,7 @@ impl FinetuneTask<'_> {
             };
             let part_loss = self.cfg.loss.evaluate(&errors, &labels, baseline, count)?;
             loss += f64::from(part_loss.to_scalar::<f32>()?);
-            total = Some(add_gradients(total, dragon_nn::backward(&part_loss)?, &self.tuned)?);
+            total = Some(add_gradients(total, dragon_nn::backward(&part_loss)?, self.policy.tuned())?);
         }
         if !loss.is_finite() {
             let what = "loss".to_owned();
@@ -178,7 +175,7 @@ impl FinetuneTask<'_> {
             }
         };
         if let Some(ema) = &self.ema {
-            ema.update(&self.policy)?;
+            ema.update(self.policy.tuned())?;
         }
         Ok(Update { loss, grad_norm, baseline, reference, policy })
     }

@@ -3,13 +3,13 @@
 
 use std::collections::VecDeque;
 
-use dragon_diffusion::Model;
+use dragon_diffusion::DiffusionModel;
 use dragon_metrics::Better;
 use dragon_rewards::{Reward, RewardConfig, RewardSet, Song};
 
 use super::generations::not_asked_to_stop;
 use super::{FinetuneConfig, FinetuneTask};
-use crate::bundle::{self, Bundle, Prompt};
+use crate::bundle::{Bundle, Prompt};
 use crate::embedder::Embedder;
 use crate::error::{Error, Result};
 use crate::rollout::Sampling;
@@ -65,10 +65,9 @@ impl Validation {
             .load_state(&own.into_iter().chain(state.into_iter().skip(n_own)).collect::<Vec<_>>())
             .map_err(refused)?;
         if self.base.is_none() {
-            self.base = Some(self.songs(task, &task.reference)?);
+            self.base = Some(self.songs(task, task.reference.as_ref())?);
         }
-        let weights = bundle::frozen(task.exported(), &task.bundle.device);
-        let tuned = self.songs(task, &Model::new(&task.bundle.dit_config, weights)?)?;
+        let tuned = self.songs(task, task.policy.frozen(task.exported())?.as_ref())?;
         let base = self.base.as_deref().unwrap_or_default();
         let (tuned, base): (Vec<&Song>, Vec<&Song>) = (tuned.iter().collect(), base.iter().collect());
         let scores = |reward: &Reward| -> std::result::Result<Scores, dragon_rewards::Error> {
@@ -106,7 +105,7 @@ impl Validation {
     }
 
     /// Songs of the validation prompts by a model, with the noise that `generate` and `eval` use.
-    fn songs(&self, task: &FinetuneTask, model: &Model) -> Result<Vec<Song>> {
+    fn songs(&self, task: &FinetuneTask, model: &dyn DiffusionModel) -> Result<Vec<Song>> {
         let captions: Vec<&str> = self.prompts.iter().map(|p| p.caption.as_str()).collect();
         let keys: Vec<(&str, u64)> = captions.iter().map(|&caption| (caption, task.cfg.seed)).collect();
         let sampling = Sampling {

@@ -10,7 +10,8 @@ use dragon_encoders::t5::{self, T5Encoder};
 use dragon_encoders::tokenizer::Tokenizer;
 use dragon_metrics::GaussianStats;
 use dragon_nn::{AdamWConfig, Params, Rng};
-use dragon_trainer::bundle::save_dit;
+use dragon_trainer::bundle::Length;
+use dragon_trainer::diffusion::save_dit;
 use dragon_trainer::finetune::{
     DemonstrationsConfig, FinetuneConfig, RolloutConfig, UpdateConfig, ValidationConfig,
 };
@@ -94,6 +95,7 @@ fn config_for(dir: &Path) -> FinetuneConfig {
     FinetuneConfig {
         seed: 5,
         bundle: dir.to_owned(),
+        length: Length::default(),
         prompts: dir.join("prompts.jsonl"),
         rollout: RolloutConfig {
             songs_per_step: 8,
@@ -109,6 +111,7 @@ fn config_for(dir: &Path) -> FinetuneConfig {
         update: UpdateConfig {
             weighting: Weighting::Edm,
             parameters: Vec::new(),
+            lora: None,
             draws: 2,
             warmup_steps: 2,
             p_mean: Some(0.5),

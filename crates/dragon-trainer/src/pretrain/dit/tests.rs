@@ -2,12 +2,11 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
-use dragon_diffusion::Model;
 use dragon_encoders::t5;
 use dragon_nn::Rng;
 
 use super::{Config, DitTask, LatentSet, Schedule, TrainConfig};
-use crate::bundle::{Info, frozen};
+use crate::bundle::Info;
 use crate::pretrain::Task;
 
 /// Latents whose mean follows their caption: `loud` +0.8 in the first channel, `soft` -0.8, each with waves at random phases.
@@ -88,16 +87,15 @@ fn the_export_holds_the_average_and_loads_again() {
     go(&mut task, 0..3);
     let dir = tempfile::tempdir().unwrap();
     task.export(dir.path()).unwrap();
-    let (config, params) = crate::bundle::load_dit(&dir.path().join("dit"), &Device::Cpu).unwrap();
-    assert_eq!(config, task.cfg.model);
+    let diffusion = crate::diffusion::Diffusion::load(&dir.path().join("dit"), &Device::Cpu).unwrap();
     let text = crate::bundle::TextStates::load(&dir.path().join("t5"), 8, &Device::Cpu).unwrap();
     let info: Info = crate::bundle::read_json(&dir.path().join("bundle.json")).unwrap();
     assert_eq!((info.n_frames, info.max_tokens), (8, 8));
-    let model = Model::new(&config, frozen(&params, &Device::Cpu)).unwrap();
+    let model = diffusion.base().unwrap();
     let cond = text.encode(&["a loud song", "a soft song"]).unwrap();
-    let noise = dragon_diffusion::prompts_noise(&[("a", 0), ("b", 0)], 4, 8).unwrap();
+    let noise = dragon_diffusion::Noise::new(&[("a", 0), ("b", 0)], 4, 8, &Device::Cpu);
     let settings = dragon_diffusion::SamplerConfig { n_steps: 3, ..Default::default() };
-    let latents = dragon_diffusion::sample(&model, &cond, &noise, &settings).unwrap();
+    let latents = dragon_diffusion::sample(model.as_ref(), &cond, &noise, &settings).unwrap();
     assert_eq!(latents.dims(), [2, 4, 8]);
     // The same from the task in memory.
     let last = task.valid.len() - 1; // the first is loud, the last is soft
