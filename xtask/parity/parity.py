@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compares our models with their reference implementations at the published sizes, stage by stage.
 
-Usage: cargo xtask parity clap|t5|stable_audio [--only SUBSTRING]
+Usage: cargo xtask parity clap|t5|stable_audio|gradients [--only SUBSTRING]
 
 The published weights are not needed: the reference is built with seeded random weights at the full published
 configuration and written in the layout of the published files; both sides read those and see the same audio and texts.
@@ -35,6 +35,7 @@ PACKAGES = [
     "sentencepiece==0.2.3", "protobuf==7.36.2", "charset-normalizer==3.5.3", "urllib3==2.8.0", "certifi==2026.10.19.post1",
     "diffusers==0.36.0", "importlib-metadata==10.2.0", "zipp==4.1.2", "pillow==13.0.0", "torchsde==0.2.6", "trampoline==0.1.2",
     "httpx==0.28.1", "httpcore==1.0.9", "anyio==4.16.0", "h11==0.16.0", "sniffio==1.3.1",
+    "peft==0.21.2", "accelerate==1.15.0", "psutil==7.2.2",
 ]  # fmt: skip
 # Bars in f32: relative error of the front end, then cosine and absolute error of embeddings.
 MEL, COSINE, ABSOLUTE, T5 = 1e-5, 0.999999, 1e-4, 1e-4
@@ -264,14 +265,23 @@ def stable_audio(binary, _):
     pipeline.run(binary, folder, tokenizer, prompts, ours, compare, head)
 
 
+def gradients(binary, _):
+    import gradients as script
+    import stable_audio as pipeline
+
+    folder = WORK / "stable-audio-open-1.0"
+    folder.mkdir(parents=True, exist_ok=True)
+    script.run(binary, folder, pipeline.build(folder, t5_tokenizer(folder, captions() * 3)), ours, failed)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["clap", "t5", "stable_audio"])
+    parser.add_argument("model", choices=["clap", "t5", "stable_audio", "gradients"])
     parser.add_argument("--only", default="", help="the checkpoints whose name contains this")
     parser.add_argument("--binary", required=True, help="our side, an example of the workspace")
     args = parser.parse_args()
     peers.environment(__file__, *PACKAGES)
-    {"clap": clap, "t5": t5, "stable_audio": stable_audio}[args.model](args.binary, args.only)
+    {"clap": clap, "t5": t5, "stable_audio": stable_audio, "gradients": gradients}[args.model](args.binary, args.only)
     if failed:
         sys.exit(f"beyond their bars: {', '.join(failed)}")
 

@@ -14,8 +14,10 @@ pub const PRESETS: &[(&str, &str)] = &[
     ("finetune/per-song-fad-text", include_str!("../presets/finetune/per-song-fad-text.toml")),
     ("finetune/dataset-fad", include_str!("../presets/finetune/dataset-fad.toml")),
     ("finetune/vendi", include_str!("../presets/finetune/vendi.toml")),
+    ("finetune/stable-audio", include_str!("../presets/finetune/stable-audio.toml")),
     ("card/default", include_str!("../presets/card/default.toml")),
     ("eval/default", include_str!("../presets/eval/default.toml")),
+    ("eval/stable-audio", include_str!("../presets/eval/stable-audio.toml")),
     ("pretrain/vae", include_str!("../presets/pretrain/vae.toml")),
     ("pretrain/vae-decoder", include_str!("../presets/pretrain/vae-decoder.toml")),
     ("pretrain/clap", include_str!("../presets/pretrain/clap.toml")),
@@ -265,9 +267,11 @@ pub fn assert_every_key_is_shown(preset: &str, read: impl Fn(&[String]) -> Resul
         name = own.get("extends").map(|base| base.as_str().unwrap().to_owned());
     }
     let mut table = extended(preset_text(preset).unwrap().parse().unwrap()).unwrap();
-    if let Some(Value::Table(own)) = table.remove("eval") {
+    if let Some(Value::Table(mut own)) = table.remove("eval") {
         // What a fine-tuning preset leaves out of its table `eval` is shown by the preset below it.
-        let mut eval = preset_text("eval/default").unwrap().parse().unwrap();
+        let below = own.remove("extends");
+        let below = below.as_ref().and_then(Value::as_str).unwrap_or("eval/default");
+        let mut eval = extended(preset_text(below).unwrap().parse().unwrap()).unwrap();
         overlay(&mut eval, own);
         text += preset_text("eval/default").unwrap();
         table.insert("eval".into(), Value::Table(eval));

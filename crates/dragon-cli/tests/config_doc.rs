@@ -7,13 +7,15 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 /// The presets in the order of the documentation, with the command that reads each.
-const PRESETS: [(&str, &str); 18] = [
+const PRESETS: [(&str, &str); 20] = [
     ("finetune/per-song-fad", "dragon finetune"),
     ("finetune/clap-score", "dragon finetune --preset clap-score"),
     ("finetune/per-song-fad-text", "dragon finetune --preset per-song-fad-text"),
     ("finetune/dataset-fad", "dragon finetune --preset dataset-fad"),
     ("finetune/vendi", "dragon finetune --preset vendi"),
+    ("finetune/stable-audio", "dragon finetune --preset stable-audio"),
     ("eval/default", "dragon eval"),
+    ("eval/stable-audio", "dragon eval --model DIR"),
     ("card/default", "dragon card"),
     ("generate/default", "dragon generate"),
     ("generate/stable-audio", "dragon generate --model DIR"),

@@ -5,7 +5,7 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor};
-use dragon_diffusion::{Config, Model, SamplerConfig, TextCond, Weighting, denoising_errors, sample};
+use dragon_diffusion::{Config, Model, Noise, SamplerConfig, TextCond, Weighting, denoising_errors, sample};
 use dragon_nn::{AdamW, AdamWConfig, Params, Rng};
 
 fn main() -> Result<()> {
@@ -16,7 +16,13 @@ fn main() -> Result<()> {
     let params = Params::new(0);
     let model = Model::new(&cfg, params.builder(DType::F32, &Device::Cpu))?;
     let mut rng = Rng::new(0);
-    let x0 = rng.normal_tensor((batch, cfg.dit.latent_channels, n_frames), DType::F32, &Device::Cpu)?;
+    let keys: Vec<String> = (0..batch).map(|i| i.to_string()).collect();
+    let keys: Vec<(&str, u64)> = keys.iter().map(|key| (key.as_str(), 0)).collect();
+    let noise = Noise::new(&keys, cfg.dit.latent_channels, n_frames, &Device::Cpu);
+    let keys: Vec<String> = (0..batch).map(|i| i.to_string()).collect();
+    let keys: Vec<(&str, u64)> = keys.iter().map(|key| (key.as_str(), 0)).collect();
+    let noise = Noise::new(&keys, cfg.dit.latent_channels, n_frames, &Device::Cpu);
+    let x0 = noise.clone().draw()?;
     let cond = TextCond {
         states: rng.normal_tensor((batch, n_tokens, cfg.dit.text_dim), DType::F32, &Device::Cpu)?,
         mask: Tensor::ones((batch, n_tokens), DType::F32, &Device::Cpu)?,
@@ -43,7 +49,7 @@ fn main() -> Result<()> {
     }
     let settings = SamplerConfig { n_steps: 10, ..SamplerConfig::default() };
     let start = Instant::now();
-    sample(&model, &cond, &x0, &settings)?;
+    sample(&model, &cond, &noise, &settings)?;
     println!("sampling, 10 steps of CFG++: {:.2} clips/s", batch as f64 / seconds(start));
     Ok(())
 }

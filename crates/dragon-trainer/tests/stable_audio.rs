@@ -318,7 +318,8 @@ fn all_weights_are_tuned_and_exported_as_diffusers_transformer() {
     let base = renamed(&load("dragon-diffusion/stable_audio/case.safetensors"), "diffusers.transformer.", "");
     assert_eq!(tuned.keys().collect::<std::collections::BTreeSet<_>>(), base.keys().collect());
     for (name, before) in &base {
-        let moved = (before.to_dtype(DType::F32).unwrap() - &tuned[name]).unwrap().abs().unwrap().sum_all().unwrap();
+        let moved =
+            (before.to_dtype(DType::F32).unwrap() - &tuned[name]).unwrap().abs().unwrap().sum_all().unwrap();
         assert!(moved.to_scalar::<f32>().unwrap() > 0.0, "{name} stayed as it was");
     }
     // In the place of the network that it was tuned from it makes the same pieces.

@@ -9,6 +9,7 @@ use dragon_trainer::SamplerConfig;
 use dragon_trainer::bundle::{Length, Split};
 use dragon_trainer::embedder::{EmbedConfig, EncoderConfig};
 use dragon_trainer::eval::{self, BootstrapConfig, EvalConfig, FoldersConfig, MetricConfig};
+use dragon_trainer::stable_audio;
 use serde::{Deserialize, Serialize};
 
 use super::{ConfigArgs, check_prompts, context};
@@ -29,7 +30,7 @@ pub struct Args {
     what: Vec<PathBuf>,
     #[command(flatten)]
     config: ConfigArgs,
-    /// Model folder with the base
+    /// Model folder with the base, ours or Stable Audio Open as published
     #[arg(long, value_name = "DIR", default_value = "builtin:tiny")]
     model: String,
     /// Prompt file
@@ -96,7 +97,11 @@ impl EvalPreset {
 
 /// Runs the command.
 pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
-    let preset: EvalPreset = settings::resolve("eval/default", args.config.path(), &args.config.overrides())?;
+    let name = match stable_audio::is_published(&settings::path(&args.model)) {
+        true => "eval/stable-audio",
+        false => "eval/default",
+    };
+    let preset: EvalPreset = settings::resolve(name, args.config.path(), &args.config.overrides())?;
     for path in &args.what {
         if !path.is_dir() {
             bail!(
@@ -165,12 +170,16 @@ mod tests {
     fn the_preset_is_a_valid_config() {
         let preset: EvalPreset = settings::resolve("eval/default", None, &[]).unwrap();
         preset.of_model("m".into(), "t".into(), "p".into()).check().unwrap();
+        let preset: EvalPreset = settings::resolve("eval/stable-audio", None, &[]).unwrap();
+        preset.of_model("m".into(), "t".into(), "p".into()).check().unwrap();
     }
 
     #[test]
     fn the_preset_shows_every_key() {
-        settings::assert_every_key_is_shown("eval/default", |set| {
-            settings::resolve::<EvalPreset>("eval/default", None, set).map(drop)
-        });
+        for name in ["eval/default", "eval/stable-audio"] {
+            settings::assert_every_key_is_shown(name, |set| {
+                settings::resolve::<EvalPreset>(name, None, set).map(drop)
+            });
+        }
     }
 }

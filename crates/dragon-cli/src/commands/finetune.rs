@@ -41,18 +41,20 @@ struct Preset {
     eval: EvalPreset,
 }
 
-/// Reads a preset. Its table `eval` is laid over the preset `eval/default`, the rest is the run. The run's seed, encoders and
+/// Reads a preset. Its table `eval` is laid over the preset that it extends (`eval/default`), the rest is the run. The run's seed, encoders and
 /// length of songs hold for the evaluation too; its reward is the evaluation's target, and validations watch all the others.
 fn resolve(preset: &str, config: &ConfigArgs) -> Result<Preset> {
     let (preset, file, overrides) = (format!("finetune/{preset}"), config.path(), config.overrides());
     let origin = settings::origin(&preset, file, &overrides);
     let mut table = settings::table(&preset, file, &overrides)?;
-    let own = match table.remove("eval") {
+    let mut own = match table.remove("eval") {
         Some(Value::Table(eval)) => eval,
         None => Table::new(),
         Some(other) => bail!("{origin}: `eval` is {other}, not a table\nhint: write [eval]"),
     };
-    let mut eval = settings::table("eval/default", None, &[])?;
+    let below = own.remove("extends");
+    let mut eval =
+        settings::table(below.as_ref().and_then(Value::as_str).unwrap_or("eval/default"), None, &[])?;
     for key in ["seed", "embed", "length"] {
         if let Some(value) = table.get(key) {
             settings::overlay(&mut eval, Table::from_iter([(key.to_owned(), value.clone())]));

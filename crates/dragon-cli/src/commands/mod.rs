@@ -5,6 +5,7 @@ mod card;
 mod data;
 mod embed;
 mod eval;
+mod fetch;
 mod finetune;
 mod generate;
 mod pack;
@@ -28,6 +29,8 @@ pub enum Command {
     /// Make a manifest of music and captions: fetch packages, render scores, import your own files
     #[command(subcommand)]
     Data(data::Command),
+    /// Download a published model: CLAP, T5, Stable Audio Open, codecs, MusicGen
+    Fetch(fetch::Args),
     /// Train the parts of a text-to-music model: vae, vae-decoder, clap, dit
     Pretrain(pretrain::Args),
     /// Put trained parts together into one model folder, weights in f16
@@ -57,6 +60,7 @@ impl Command {
     pub fn run(self, stop: &Arc<AtomicBool>) -> Result<()> {
         match self {
             Command::Data(command) => data::run(command, stop),
+            Command::Fetch(args) => fetch::run(args),
             Command::Pretrain(args) => pretrain::run(args, stop),
             Command::Pack(args) => pack::run(args),
             Command::Generate(args) => generate::run(args, stop),
