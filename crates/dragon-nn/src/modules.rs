@@ -150,6 +150,14 @@ impl Conv1d {
         Ok(Conv1d { weight: Weight::normed((c_out, c_in / spec.groups, kernel), &vb)?, bias: None, spec })
     }
 
+    /// The same with its weight computed once, for models that are not trained.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn frozen(self) -> Result<Self> {
+        Ok(Conv1d { weight: Weight::Plain(self.weight.value()?), ..self })
+    }
+
     /// The weight in use, `[Cout, Cin/groups, K]`.
     ///
     /// # Errors
@@ -217,6 +225,14 @@ impl ConvTranspose1d {
         let weight = Weight::normed((c_in, c_out / spec.groups, kernel), &vb)?;
         let bias = vb.get_with_hints(c_out, "bias", default_init(c_out / spec.groups * kernel))?;
         Ok(ConvTranspose1d { weight, bias: Some(bias), spec })
+    }
+
+    /// The same with its weight computed once, for models that are not trained.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn frozen(self) -> Result<Self> {
+        Ok(ConvTranspose1d { weight: Weight::Plain(self.weight.value()?), ..self })
     }
 
     /// The weight in use, `[Cin, Cout/groups, K]`.

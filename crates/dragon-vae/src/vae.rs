@@ -286,6 +286,14 @@ pub enum Error {
     },
 }
 
+/// A JSON file.
+pub(crate) fn read_json(path: &Path) -> std::result::Result<serde_json::Value, Error> {
+    let text =
+        std::fs::read_to_string(path).map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
+    serde_json::from_str(&text)
+        .map_err(|e| Error::Config { path: path.to_path_buf(), message: e.to_string() })
+}
+
 fn read_config(path: &Path) -> std::result::Result<Config, Error> {
     let text =
         std::fs::read_to_string(path).map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
