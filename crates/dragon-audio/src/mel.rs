@@ -14,8 +14,6 @@ use crate::error::{Error, Result};
 pub enum MelScale {
     /// `2595 log10(1 + f/700)` (librosa `htk=True`, torchaudio's default).
     Htk,
-    /// HTK's scale with triangles that are straight in mel, where the others' are straight in Hz (TensorFlow's; VGGish).
-    HtkTriangles,
     /// Linear below 1 kHz, logarithmic above (Slaney's Auditory Toolbox; librosa's default).
     Slaney,
 }
@@ -303,12 +301,8 @@ pub fn mel_filterbank(config: &MelConfig) -> Result<Vec<f32>> {
         };
         for (k, w) in row.iter_mut().enumerate() {
             let f = k as f64 * f64::from(config.sample_rate_hz) / config.n_fft as f64;
-            let place = |f: f64| match config.scale {
-                MelScale::HtkTriangles => hz_to_mel(f, config.scale),
-                MelScale::Htk | MelScale::Slaney => f,
-            };
-            let rise = (place(f) - place(left)) / (place(centre) - place(left));
-            let fall = (place(right) - place(f)) / (place(right) - place(centre));
+            let rise = (f - left) / (centre - left);
+            let fall = (right - f) / (right - centre);
             *w = (scale * rise.min(fall).max(0.0)) as f32;
         }
     }
@@ -320,7 +314,7 @@ const SLANEY_HZ_PER_MEL: f64 = 200.0 / 3.0;
 
 fn hz_to_mel(f: f64, scale: MelScale) -> f64 {
     match scale {
-        MelScale::Htk | MelScale::HtkTriangles => 2595.0 * (1.0 + f / 700.0).log10(),
+        MelScale::Htk => 2595.0 * (1.0 + f / 700.0).log10(),
         MelScale::Slaney if f < 1000.0 => f / SLANEY_HZ_PER_MEL,
         MelScale::Slaney => 15.0 + (f / 1000.0).ln() * 27.0 / 6.4f64.ln(),
     }
@@ -328,7 +322,7 @@ fn hz_to_mel(f: f64, scale: MelScale) -> f64 {
 
 fn mel_to_hz(mel: f64, scale: MelScale) -> f64 {
     match scale {
-        MelScale::Htk | MelScale::HtkTriangles => 700.0 * (10f64.powf(mel / 2595.0) - 1.0),
+        MelScale::Htk => 700.0 * (10f64.powf(mel / 2595.0) - 1.0),
         MelScale::Slaney if mel < 15.0 => mel * SLANEY_HZ_PER_MEL,
         MelScale::Slaney => 1000.0 * ((mel - 15.0) * 6.4f64.ln() / 27.0).exp(),
     }
