@@ -19,9 +19,6 @@ fn main() -> Result<()> {
     let keys: Vec<String> = (0..batch).map(|i| i.to_string()).collect();
     let keys: Vec<(&str, u64)> = keys.iter().map(|key| (key.as_str(), 0)).collect();
     let noise = Noise::new(&keys, cfg.dit.latent_channels, n_frames, &Device::Cpu);
-    let keys: Vec<String> = (0..batch).map(|i| i.to_string()).collect();
-    let keys: Vec<(&str, u64)> = keys.iter().map(|key| (key.as_str(), 0)).collect();
-    let noise = Noise::new(&keys, cfg.dit.latent_channels, n_frames, &Device::Cpu);
     let x0 = noise.clone().draw()?;
     let cond = TextCond {
         states: rng.normal_tensor((batch, n_tokens, cfg.dit.text_dim), DType::F32, &Device::Cpu)?,

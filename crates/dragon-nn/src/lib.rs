@@ -1,10 +1,11 @@
 //! Fast differentiable layers for candle on the CPU, and what training needs around them.
 //!
 //! - Operations, one module each: [`linear()`], [`conv1d()`], [`conv_transpose1d()`], [`attention()`],
-//!   [`layer_norm()`], [`ada_layer_norm()`], [`rms_norm()`], [`swiglu()`], [`snake()`] and the activations.
+//!   [`layer_norm()`], [`ada_layer_norm()`], [`rms_norm()`], [`group_norm()`], [`swiglu()`], [`snake()`], [`lstm()`] and
+//!   the activations.
 //!   `plain.rs` in each is the definition in candle operations; `cpu.rs` the fast form, forward and backward.
-//! - Layers over a `VarBuilder`: [`Linear`], [`Conv1d`], [`ConvTranspose1d`], [`LayerNorm`], [`RmsNorm`],
-//!   [`Embedding`], [`Snake`].
+//! - Layers over a `VarBuilder`: [`Linear`], [`Conv1d`], [`ConvTranspose1d`], [`LayerNorm`], [`RmsNorm`], [`GroupNorm`],
+//!   [`Embedding`], [`Snake`], [`Lstm`].
 //! - [`Params`]: named variables with seeded initialisation; [`AdamW`] changes them, [`Ema`] averages them,
 //!   [`write_safetensors`] keeps them.
 //! - [`Checkpoint`]: weights that others have published, memory-mapped; [`Loader`] builds a model on them.
@@ -24,8 +25,10 @@ mod attention;
 mod conv1d;
 mod conv_transpose1d;
 mod gated_add;
+mod group_norm;
 mod layer_norm;
 mod linear;
+mod lstm;
 mod rms_norm;
 mod rotary;
 mod snake;
@@ -40,7 +43,7 @@ pub mod lora;
 mod modules;
 mod params;
 
-pub use activation::{gelu, leaky_relu, silu, softmax_last};
+pub use activation::{elu, gelu, leaky_relu, silu, softmax_last};
 pub use ada_layer_norm::ada_layer_norm;
 pub use adamw::{AdamW, AdamWConfig};
 pub use attention::attention;
@@ -50,10 +53,12 @@ pub use conv_transpose1d::{ConvTranspose1dSpec, conv_transpose1d};
 pub use conv1d::{Conv1dSpec, conv1d};
 pub use ema::Ema;
 pub use gated_add::gated_add;
+pub use group_norm::group_norm;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use lora::{Lora, LoraConfig};
-pub use modules::{Conv1d, ConvTranspose1d, Embedding, LayerNorm, Linear, RmsNorm, Snake};
+pub use lstm::{LstmWeights, lstm};
+pub use modules::{Conv1d, ConvTranspose1d, Embedding, GroupNorm, LayerNorm, Linear, Lstm, RmsNorm, Snake};
 pub use params::{LoadError, Params};
 pub use rms_norm::rms_norm;
 pub use rng::Rng;

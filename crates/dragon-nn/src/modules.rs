@@ -1,7 +1,7 @@
 //! Layers over a [`VarBuilder`], with PyTorch's parameter names and initialisation.
 
 use crate::lora::Adapter;
-use crate::{Conv1dSpec, ConvTranspose1dSpec};
+use crate::{Conv1dSpec, ConvTranspose1dSpec, LstmWeights};
 use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;
 use candle_nn::init::Init;
@@ -84,7 +84,11 @@ impl Weight {
         Ok(Weight::Plain(vb.get_with_hints(shape, "weight", default_init(shape.1 * shape.2))?))
     }
 
+    /// A file that holds the product instead, as `remove_weight_norm` leaves it, is read too.
     fn normed(shape: (usize, usize, usize), vb: &VarBuilder) -> Result<Weight> {
+        if vb.contains_tensor("weight") && !vb.contains_tensor("weight_v") {
+            return Self::plain(shape, vb);
+        }
         let v = vb.get_with_hints(shape, "weight_v", default_init(shape.1 * shape.2))?;
         // A row of n numbers uniform in ±1/sqrt(n) has this length in the mean, so g ≈ |v| as in PyTorch.
         let g = vb.get_with_hints((shape.0, 1, 1), "weight_g", Init::Const(1.0 / 3f64.sqrt()))?;
@@ -164,6 +168,14 @@ impl Conv1d {
         Ok(Conv1d { weight: Weight::normed((c_out, c_in / spec.groups, kernel), &vb)?, bias: None, spec })
     }
 
+    /// The same with its weight computed once, for models that are not trained.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn frozen(self) -> Result<Self> {
+        Ok(Conv1d { weight: Weight::Plain(self.weight.value()?), ..self })
+    }
+
     /// The weight in use, `[Cout, Cin/groups, K]`.
     ///
     /// # Errors
@@ -231,6 +243,14 @@ impl ConvTranspose1d {
         let weight = Weight::normed((c_in, c_out / spec.groups, kernel), &vb)?;
         let bias = vb.get_with_hints(c_out, "bias", default_init(c_out / spec.groups * kernel))?;
         Ok(ConvTranspose1d { weight, bias: Some(bias), spec })
+    }
+
+    /// The same with its weight computed once, for models that are not trained.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn frozen(self) -> Result<Self> {
+        Ok(ConvTranspose1d { weight: Weight::Plain(self.weight.value()?), ..self })
     }
 
     /// The weight in use, `[Cin, Cout/groups, K]`.
@@ -302,6 +322,65 @@ impl RmsNorm {
 impl Module for RmsNorm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         crate::rms_norm(x, Some(&self.weight), self.eps)
+    }
+}
+
+/// Group norm with all channels in one group; parameters `weight` (ones at first) and `bias` (zeros).
+#[derive(Debug, Clone)]
+pub struct GroupNorm {
+    weight: Tensor,
+    bias: Tensor,
+    eps: f64,
+}
+
+impl GroupNorm {
+    /// Reads `weight` and `bias`, `[C]`.
+    ///
+    /// # Errors
+    /// If a tensor is missing or misshapen.
+    pub fn new(channels: usize, eps: f64, vb: VarBuilder) -> Result<Self> {
+        let weight = vb.get_with_hints(channels, "weight", Init::Const(1.0))?;
+        Ok(GroupNorm { weight, bias: vb.get_with_hints(channels, "bias", Init::Const(0.0))?, eps })
+    }
+}
+
+impl Module for GroupNorm {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        crate::group_norm(x, &self.weight, &self.bias, self.eps)
+    }
+}
+
+/// Layers of long short-term memory, `[B, T, C]` to `[B, T, C]`; see [`crate::lstm()`].
+#[derive(Debug, Clone)]
+pub struct Lstm {
+    layers: Vec<LstmWeights>,
+}
+
+impl Lstm {
+    /// Reads `weight_ih_l0` `[4 C, C]`, `weight_hh_l0` `[4 C, C]`, `bias_ih_l0`, `bias_hh_l0` `[4 C]` and so on, for each
+    /// layer, as `torch.nn.LSTM` stores them.
+    ///
+    /// # Errors
+    /// If a tensor is missing or misshapen.
+    pub fn new(channels: usize, n_layers: usize, vb: VarBuilder) -> Result<Self> {
+        let init = default_init(channels);
+        let layer = |i: usize| {
+            let matrix =
+                |name: &str| vb.get_with_hints((4 * channels, channels), &format!("{name}_l{i}"), init);
+            let bias = |name: &str| vb.get_with_hints(4 * channels, &format!("{name}_l{i}"), init);
+            Ok(LstmWeights {
+                input: matrix("weight_ih")?,
+                hidden: matrix("weight_hh")?,
+                bias: (bias("bias_ih")? + bias("bias_hh")?)?,
+            })
+        };
+        Ok(Lstm { layers: (0..n_layers).map(layer).collect::<Result<_>>()? })
+    }
+}
+
+impl Module for Lstm {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.layers.iter().try_fold(x.clone(), |h, weights| crate::lstm(&h, weights))
     }
 }
 

@@ -230,6 +230,7 @@ fn element_wise_operations_are_right() {
         check(&x, |t| gelu(&t[0]), |t| activation::plain::gelu(&t[0]));
         check(&x, |t| silu(&t[0]), |t| activation::plain::silu(&t[0]));
         check(&x, |t| leaky_relu(&t[0], 0.2), |t| activation::plain::leaky_relu(&t[0], 0.2));
+        check(&x, |t| elu(&t[0]), |t| activation::plain::elu(&t[0]));
         check(&x, |t| softmax_last(&t[0]), |t| activation::plain::softmax_last(&t[0]));
         let c = *shape.last().unwrap();
         let with_alpha = [x[0].clone(), (noise("alpha", &[c]).abs().unwrap() + 0.3).unwrap()];
@@ -370,6 +371,46 @@ fn large_attention_does_not_depend_on_threads_and_equals_the_plain_one() {
     for (got, want) in got.iter().zip(&want) {
         assert_close(got, want, Tol { atol: 2e-5, rtol: 1e-4 });
     }
+}
+
+#[test]
+fn operations_of_frozen_codecs_equal_the_plain_ones_on_any_number_of_threads() {
+    for (b, t, c, h) in [(1, 1, 1, 1), (2, 5, 3, 20), (3, 300, 7, 33)] {
+        let x = noise("x", &[b, t, c]);
+        let lstm = |t: &[Tensor], f: &dyn Fn(&Tensor, &LstmWeights) -> Result<Tensor>| {
+            let [input, hidden, bias] = [1, 2, 3].map(|i| (&t[i] * 0.5).unwrap());
+            f(&t[0], &LstmWeights { input, hidden, bias })
+        };
+        let all =
+            [x.clone(), noise("input", &[4 * h, c]), noise("hidden", &[4 * h, h]), noise("bias", &[4 * h])];
+        let want = lstm(&all, &lstm::plain::lstm).unwrap();
+        assert_close(&lstm(&all, &crate::lstm).unwrap(), &want, Tol { atol: 2e-6, rtol: 1e-5 });
+        same_forward_on_any_number_of_threads(|| lstm(&all, &crate::lstm));
+        // A clip does not depend on the others, and the past not on what comes.
+        let [part, got] = [x.narrow(0, b - 1, 1).unwrap(), lstm(&all, &crate::lstm).unwrap()];
+        let mut alone = all.clone();
+        alone[0] = part.narrow(1, 0, t.div_ceil(2)).unwrap();
+        let got = got.narrow(0, b - 1, 1).unwrap().narrow(1, 0, t.div_ceil(2)).unwrap();
+        assert_close(&lstm(&alone, &crate::lstm).unwrap(), &got, Tol::EXACT);
+    }
+    for (b, t, c) in [(2, 3, 5), (1, 1, 1), (2, 3000, 33)] {
+        // A mean far from zero, which a sum of squares would not survive.
+        let x = (noise("x", &[b, t, c]) + 30.0).unwrap();
+        let (w, bias) = (noise("w", &[c]), noise("b", &[c]));
+        let got = group_norm(&x, &w, &bias, 1e-5).unwrap();
+        let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+        let want = group_norm::plain::group_norm(&wide(&x), &wide(&w), &wide(&bias), 1e-5).unwrap();
+        assert_close(&got, &want.to_dtype(DType::F32).unwrap(), Tol { atol: 2e-5, rtol: 1e-5 });
+        same_forward_on_any_number_of_threads(|| group_norm(&x, &w, &bias, 1e-5));
+        let last = group_norm(&x.narrow(0, b - 1, 1).unwrap(), &w, &bias, 1e-5).unwrap();
+        assert_close(&last, &got.narrow(0, b - 1, 1).unwrap(), Tol::EXACT);
+    }
+}
+
+/// As [`same_on_any_number_of_threads`], without gradients.
+fn same_forward_on_any_number_of_threads(f: impl Fn() -> Result<Tensor> + Sync + Send) {
+    let on = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap().install(|| f().unwrap());
+    assert_close(&on(3), &on(1), Tol::EXACT);
 }
 
 fn golden() -> Golden {

@@ -34,8 +34,8 @@ impl Layout {
     }
 }
 
-/// `None` for a name that is not of an encoder or decoder.
-fn diffusers_name(parts: &[&str]) -> Option<String> {
+/// The names of diffusers and of Hugging Face's DAC; `None` for a name that is not of an encoder or decoder.
+pub(crate) fn diffusers_name(parts: &[&str]) -> Option<String> {
     let number = |i: usize| parts.get(i)?.parse::<usize>().ok();
     let (side, stage, tensor) = (*parts.first()?, number(2)?, *parts.last()?);
     let encoder = side == "encoder";
@@ -174,7 +174,7 @@ fn oobleck(
     Ok(config)
 }
 
-fn field<'a>(json: &'a Value, key: &str) -> Result<&'a Value, String> {
+pub(crate) fn field<'a>(json: &'a Value, key: &str) -> Result<&'a Value, String> {
     json.get(key).ok_or_else(|| format!("`{key}` is missing"))
 }
 
@@ -183,7 +183,7 @@ fn expect(json: &Value, key: &str, want: &str) -> Result<(), String> {
     if found == want { Ok(()) } else { Err(format!("`{key}`: expected \"{want}\", found {found}")) }
 }
 
-fn number(json: &Value, key: &str) -> Result<usize, String> {
+pub(crate) fn number(json: &Value, key: &str) -> Result<usize, String> {
     let found = field(json, key)?;
     found
         .as_u64()
@@ -191,7 +191,7 @@ fn number(json: &Value, key: &str) -> Result<usize, String> {
         .ok_or_else(|| format!("`{key}`: expected a whole number, found {found}"))
 }
 
-fn numbers(json: &Value, key: &str) -> Result<Vec<usize>, String> {
+pub(crate) fn numbers(json: &Value, key: &str) -> Result<Vec<usize>, String> {
     let found = field(json, key)?;
     let list = found.as_array().map(|list| list.iter().map(|n| n.as_u64().map(|n| n as usize)).collect());
     list.flatten().ok_or_else(|| format!("`{key}`: expected whole numbers, found {found}"))

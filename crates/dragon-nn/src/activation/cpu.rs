@@ -12,6 +12,7 @@ pub(crate) enum Activation {
     Gelu,
     Silu,
     LeakyRelu(f64),
+    Elu,
 }
 
 pub(crate) fn apply(x: &Tensor, activation: Activation) -> Result<Tensor> {
@@ -37,6 +38,10 @@ impl Activation {
                 let slope = T::of(slope);
                 map(x, move |x| if x > T::ZERO { x } else { x * slope })
             }
+            Activation::Elu => map(x, |x| {
+                let below = (if x > T::ZERO { T::ZERO } else { x }).exp_of_negative() - T::ONE;
+                if x > T::ZERO { x } else { below }
+            }),
         }
     }
 
@@ -54,6 +59,10 @@ impl Activation {
                 let slope = T::of(slope);
                 map2(x, g, move |x, g| if x > T::ZERO { g } else { g * slope })
             }
+            Activation::Elu => map2(x, g, |x, g| {
+                let below = (if x > T::ZERO { T::ZERO } else { x }).exp_of_negative();
+                if x > T::ZERO { g } else { g * below }
+            }),
         }
     }
 }

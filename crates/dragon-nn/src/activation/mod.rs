@@ -31,6 +31,14 @@ pub fn leaky_relu(x: &Tensor, slope: f64) -> Result<Tensor> {
     if fast(&[x]) { cpu::apply(x, Activation::LeakyRelu(slope)) } else { plain::leaky_relu(x, slope) }
 }
 
+/// `x` where positive, else `exp(x) - 1`.
+///
+/// # Errors
+/// If `x` is not of a float dtype.
+pub fn elu(x: &Tensor) -> Result<Tensor> {
+    if fast(&[x]) { cpu::apply(x, Activation::Elu) } else { plain::elu(x) }
+}
+
 /// Softmax over the last dimension.
 ///
 /// # Errors

@@ -14,6 +14,10 @@ pub(crate) fn leaky_relu(x: &Tensor, slope: f64) -> Result<Tensor> {
     x.relu()? - (x.neg()?.relu()? * slope)?
 }
 
+pub(crate) fn elu(x: &Tensor) -> Result<Tensor> {
+    x.elu(1.0)
+}
+
 pub(crate) fn softmax_last(x: &Tensor) -> Result<Tensor> {
     let e = x.broadcast_sub(&x.max_keepdim(D::Minus1)?.detach())?.exp()?;
     e.broadcast_div(&e.sum_keepdim(D::Minus1)?)

@@ -9,7 +9,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// Named tensors on disk: safetensors in one file or several (with `….safetensors.index.json`), or what `torch.save`
-/// writes (`.pt`, `.pth`, `.ckpt`, `.bin`; also in several files, with `….bin.index.json`).
+/// writes (`.pt`, `.pth`, `.th`, `.ckpt`, `.bin`; also in several files, with `….bin.index.json`).
 ///
 /// Opening maps the files and lists names and shapes; no weights are read. A pickle is read as data, never run.
 /// The files must not change while they are open.
@@ -48,7 +48,7 @@ const NAMES: [&str; 6] = [
     "pytorch_model.bin.index.json",
 ];
 /// Endings of checkpoint files, best first.
-const ENDINGS: [&str; 5] = ["safetensors", "pt", "pth", "ckpt", "bin"];
+const ENDINGS: [&str; 6] = ["safetensors", "pt", "pth", "th", "ckpt", "bin"];
 
 impl Checkpoint {
     /// Opens a file, or the checkpoint in a folder: `model.safetensors`, `diffusion_pytorch_model.safetensors` or

@@ -271,7 +271,7 @@ pub(crate) fn dot<T: Real>(x: &[T], y: &[T]) -> T {
 
 /// The sum of sixteen numbers, pairwise.
 #[inline(always)]
-fn fold<T: Real>(mut lanes: [T; 16]) -> T {
+pub(crate) fn fold<T: Real>(mut lanes: [T; 16]) -> T {
     for width in [8, 4, 2, 1] {
         for j in 0..width {
             let other = lanes[j + width];
