@@ -44,12 +44,7 @@ pub fn run(cfg: &GenerateConfig, ctx: &RunContext) -> Result<Vec<PathBuf>> {
         }
     }
     cfg.sampler.guidance.check().map_err(Error::input("sampler.guidance"))?;
-    if cfg.prompts.is_empty() {
-        return Err(Error::Data {
-            problem: "there is no prompt".into(),
-            hint: "say what should be heard: dragon generate \"a slow harp melody\"".into(),
-        });
-    }
+    prompts_given(&cfg.prompts)?;
     bundle::check_prompts(&cfg.bundle, &cfg.prompts)?;
     if let Some(tuned) = &cfg.tuned {
         tuned_dir(tuned)?;
@@ -112,6 +107,26 @@ pub fn tuned_dir(path: &Path) -> Result<PathBuf> {
         hint: "name a run folder with model/, a model folder with dit/, or a folder with config.json and model.safetensors"
             .into(),
     })
+}
+
+/// Whether there are prompts, and none is empty.
+///
+/// # Errors
+/// If not.
+pub(crate) fn prompts_given(prompts: &[String]) -> Result<()> {
+    if let Some(i) = prompts.iter().position(|prompt| prompt.trim().is_empty()) {
+        return Err(Error::Data {
+            problem: format!("prompt {} is empty", i + 1),
+            hint: "say what should be heard, e.g. \"a slow harp melody\"".into(),
+        });
+    }
+    if prompts.is_empty() {
+        return Err(Error::Data {
+            problem: "there is no prompt".into(),
+            hint: "say what should be heard: dragon generate \"a slow harp melody\"".into(),
+        });
+    }
+    Ok(())
 }
 
 /// Lower-case words of a prompt, for a file name: at most 48 bytes, `a-z0-9` and `-`.

@@ -5,7 +5,7 @@
 //! [`pretrain::Task`] trait and the loop all trainings share), [`run`], [`inputs`] and [`checkpoint`] (run folders, the
 //! files that a run reads, exact resume), [`tensorboard`]; [`eval`] with [`report`], [`card`], [`generate`];
 //! [`embed`], [`song_encoder`], [`cache`] and [`sets`] (files to embeddings),
-//! [`score`] (any systems against a reference); [`mod@stable_audio`] (the published model); [`mod@bench`] (how fast the parts are).
+//! [`score`] (any systems against a reference); [`mod@stable_audio`] and [`mod@musicgen`] (published models); [`mod@bench`] (how fast the parts are).
 
 pub mod bench;
 pub mod bundle;
@@ -21,6 +21,7 @@ pub mod finetune;
 pub mod generate;
 pub mod inputs;
 pub mod losses;
+pub mod musicgen;
 pub mod pack;
 pub mod pretrain;
 pub mod report;

@@ -26,7 +26,7 @@ use serde_json::Value;
 
 use crate::bundle::{TextStates, read_json};
 use crate::error::{Error, Result};
-use crate::generate::slug;
+use crate::generate::{prompts_given, slug};
 use crate::run::{Meter, RunContext};
 
 /// Everything a generation by Stable Audio Open depends on.
@@ -204,18 +204,7 @@ pub fn run(cfg: &Config, ctx: &RunContext) -> Result<Vec<PathBuf>> {
     if !(cfg.guidance_scale.is_finite() && cfg.guidance_scale >= 1.0) {
         return Err(Error::config("sampler.guidance_scale", "a number of at least 1", cfg.guidance_scale));
     }
-    if let Some(i) = cfg.prompts.iter().position(|prompt| prompt.trim().is_empty()) {
-        return Err(Error::Data {
-            problem: format!("prompt {} is empty", i + 1),
-            hint: "say what should be heard, e.g. \"a slow harp melody\"".into(),
-        });
-    }
-    if cfg.prompts.is_empty() {
-        return Err(Error::Data {
-            problem: "there is no prompt".into(),
-            hint: "say what should be heard: dragon generate \"a slow harp melody\"".into(),
-        });
-    }
+    prompts_given(&cfg.prompts)?;
     let pipeline = Pipeline::load(&cfg.model, &ctx.device)?;
     let vae = pipeline.vae.config();
     let longest =
@@ -224,7 +213,6 @@ pub fn run(cfg: &Config, ctx: &RunContext) -> Result<Vec<PathBuf>> {
         let expected = format!("above 0 and at most {longest:.3}, the length of the latents");
         return Err(Error::config("seconds", expected, cfg.seconds));
     }
-    let pipeline = Pipeline::load(&cfg.model, &ctx.device)?;
     std::fs::create_dir_all(&ctx.out_dir).map_err(Error::io("create", &ctx.out_dir))?;
     let variants = 0..cfg.variants as u64;
     let jobs: Vec<(&str, u64)> = cfg

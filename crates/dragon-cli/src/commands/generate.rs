@@ -1,13 +1,13 @@
 //! `dragon generate`: prompts to WAV files.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result};
 use dragon_trainer::SamplerConfig;
 use dragon_trainer::generate::{self, GenerateConfig};
-use dragon_trainer::stable_audio;
+use dragon_trainer::{musicgen, stable_audio};
 use serde::{Deserialize, Serialize};
 
 use super::{ConfigArgs, context};
@@ -23,7 +23,8 @@ Examples:
   dragon generate --prompts prompts.txt --variants 4 --out songs
   dragon generate \"a slow harp melody\" --tuned runs/finetune-per-song-fad
   dragon generate \"a slow harp melody\" --seed 7 --set sampler.guidance.scale=0.8
-  dragon generate \"a slow harp melody\" --model stable-audio-open-1.0 --set seconds=20")]
+  dragon generate \"a slow harp melody\" --model stable-audio-open-1.0 --set seconds=20
+  dragon generate \"a slow harp melody\" --model musicgen-small --set sampler.top_k=50")]
 pub struct Args {
     /// The prompts
     prompts: Vec<String>,
@@ -33,7 +34,7 @@ pub struct Args {
     /// Use this tuned diffusion model (or that of this run); short for --set tuned=DIR
     #[arg(long, value_name = "DIR")]
     tuned: Option<PathBuf>,
-    /// Model folder: vae/, t5/, dit/, bundle.json, or Stable Audio Open as published; short for --set model=DIR
+    /// Model folder: vae/, t5/, dit/, bundle.json, or Stable Audio Open or MusicGen as published; short for --set model=DIR
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// Songs of each prompt, with seeds N, N + 1 and so on; short for --set variants=N
@@ -85,6 +86,43 @@ struct StableAudioSampler {
     guidance_scale: f64,
 }
 
+/// The preset presets/generate/musicgen, for a published folder of MusicGen.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MusicGenPreset {
+    seed: u64,
+    model: PathBuf,
+    seconds: f64,
+    variants: usize,
+    batch: usize,
+    sampler: MusicGenSampler,
+}
+
+/// See [`MusicGenPreset`].
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MusicGenSampler {
+    guidance_scale: f64,
+    top_k: usize,
+    temperature: f64,
+}
+
+/// A model folder that others have published.
+enum Published {
+    StableAudio,
+    MusicGen,
+}
+
+impl Published {
+    fn of(dir: &Path) -> Option<Self> {
+        if stable_audio::is_published(dir) {
+            Some(Self::StableAudio)
+        } else {
+            musicgen::is_published(dir).then_some(Self::MusicGen)
+        }
+    }
+}
+
 /// Runs the command.
 pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     let mut overrides = args.config.overrides();
@@ -102,26 +140,54 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     }
     let mut ctx = context(args.out, false, stop);
     ctx.device = dragon_trainer::device(&args.device)?;
-    if published.is_some_and(|dir| stable_audio::is_published(&dir)) {
-        if overrides.iter().any(|item| item.starts_with("tuned=")) {
+    let given = |key: &str| overrides.iter().any(|item| item.starts_with(&format!("{key}=")));
+    if let Some(published) = published.and_then(|dir| Published::of(&dir)) {
+        if given("tuned") {
             anyhow::bail!(
-                "Stable Audio Open cannot be tuned yet\nhint: leave --tuned out, or name our own model folder"
+                "a published model cannot be tuned yet\nhint: leave --tuned out, or name our own model folder"
             );
         }
-        let preset: StableAudioPreset =
-            settings::resolve("generate/stable-audio", args.config.path(), &overrides)?;
-        let config = stable_audio::Config {
-            seed: preset.seed,
-            model: preset.model,
-            seconds: preset.seconds,
-            n_frames: preset.n_frames,
-            n_steps: preset.sampler.n_steps,
-            guidance_scale: preset.sampler.guidance_scale,
-            batch: preset.batch,
-            variants: preset.variants,
-            prompts,
+        let files = match published {
+            Published::StableAudio => {
+                let preset: StableAudioPreset =
+                    settings::resolve("generate/stable-audio", args.config.path(), &overrides)?;
+                let config = stable_audio::Config {
+                    seed: preset.seed,
+                    model: preset.model,
+                    seconds: preset.seconds,
+                    n_frames: preset.n_frames,
+                    n_steps: preset.sampler.n_steps,
+                    guidance_scale: preset.sampler.guidance_scale,
+                    batch: preset.batch,
+                    variants: preset.variants,
+                    prompts,
+                };
+                stable_audio::run(&config, &ctx)?
+            }
+            Published::MusicGen => {
+                if given("sampler.n_steps") {
+                    anyhow::bail!(
+                        "MusicGen has no number of steps: it takes one for every frame\nhint: leave --steps out; \
+                         --set seconds=10 makes shorter pieces"
+                    );
+                }
+                let preset: MusicGenPreset =
+                    settings::resolve("generate/musicgen", args.config.path(), &overrides)?;
+                let config = musicgen::Config {
+                    seed: preset.seed,
+                    model: preset.model,
+                    seconds: preset.seconds,
+                    guidance_scale: preset.sampler.guidance_scale,
+                    top_k: preset.sampler.top_k,
+                    temperature: preset.sampler.temperature,
+                    batch: preset.batch,
+                    variants: preset.variants,
+                    prompts,
+                };
+                musicgen::run(&config, &ctx)?
+            }
         };
-        for file in stable_audio::run(&config, &ctx)? {
+        for file in files {
             println!("{}", file.display());
         }
         return Ok(());
@@ -157,6 +223,11 @@ mod tests {
         assert!(preset.variants > 0 && preset.n_frames.is_none());
         settings::assert_every_key_is_shown("generate/stable-audio", |set| {
             settings::resolve::<StableAudioPreset>("generate/stable-audio", None, set).map(drop)
+        });
+        let preset: MusicGenPreset = settings::resolve("generate/musicgen", None, &[]).unwrap();
+        assert!(preset.variants > 0 && preset.sampler.top_k == 250);
+        settings::assert_every_key_is_shown("generate/musicgen", |set| {
+            settings::resolve::<MusicGenPreset>("generate/musicgen", None, set).map(drop)
         });
     }
 }
