@@ -15,9 +15,9 @@ pub struct Published {
     pub audio_encoder: Value,
 }
 
-/// Whether `config.json` calls itself MusicGen's.
+/// Whether `config.json` calls itself that of a MusicGen, also of one that [`read_config`] refuses (`musicgen_melody`).
 pub fn is_musicgen(json: &Value) -> bool {
-    json.get("model_type").is_some_and(|kind| kind == "musicgen")
+    json.get("model_type").and_then(Value::as_str).is_some_and(|kind| kind.starts_with("musicgen"))
 }
 
 /// Reads `config.json`.
@@ -73,6 +73,10 @@ mod tests {
         let got = read_config(&json).unwrap();
         assert_eq!(got.config, Config::medium());
         assert_eq!(got.text_encoder["d_model"], 768);
+        json["model_type"] = "musicgen_melody".into();
+        assert!(is_musicgen(&json));
+        assert!(read_config(&json).unwrap_err().contains("musicgen_melody"));
+        json["model_type"] = "musicgen".into();
         json["decoder"]["audio_channels"] = 2.into();
         assert_eq!(read_config(&json).unwrap_err(), "`decoder.audio_channels`: expected 1, found 2");
         json["decoder"]["audio_channels"] = 1.into();
