@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Compares our models with their reference implementations at the published sizes, stage by stage.
 
-Usage: cargo xtask parity clap|t5|stable_audio|gradients|codecs [--only SUBSTRING]
+Usage: cargo xtask parity clap|t5|stable_audio|gradients|codecs|musicgen [--only SUBSTRING]
 
 The published weights are not needed: the reference is built with seeded random weights at the full published
 configuration and written in the layout of the published files; both sides read those and see the same audio and texts.
-Makes a virtual environment with PyTorch, transformers, diffusers, laion-clap, encodec, descript-audio-codec and torchvggish from PyPI under target/peers; the checkpoints
-(up to 5.4 GB) lie under target/parity until the next run.
+Makes a virtual environment with PyTorch and the references from PyPI under target/peers; the checkpoints
+(up to 13.8 GB, MusicGen large) lie under target/parity until the next run.
 
 For each stage: the largest absolute error, the same relative to the largest value, the smallest cosine of a row with its
 counterpart, and `spread`, the largest cosine between the rows of two different inputs (1 would mean that the random
@@ -281,9 +281,27 @@ def codecs(binary, only):
     codecs_parity.run(binary, only, WORK, ours, compare, head, faster_of_two, failed)
 
 
+def musicgen(binary, only):
+    import musicgen as pipeline
+
+    spec = importlib.util.spec_from_file_location(
+        "musicgen_published", ROOT / "fixtures" / "dragon-musicgen" / "musicgen" / "published.py"
+    )
+    sys.modules[spec.name] = published = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(published)
+    for name in published.PUBLISHED:
+        # The larger ones on demand: they take 8 and 14 GB of disk and memory.
+        if name != "musicgen-small" if not only else only not in name:
+            continue
+        folder = WORK / name
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer = t5_tokenizer(folder, captions() * 3)
+        pipeline.run(binary, folder, name, tokenizer, captions(), ours, compare, head, failed)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models = [clap, t5, stable_audio, gradients, codecs]
+    models = [clap, t5, stable_audio, gradients, codecs, musicgen]
     models = {model.__name__: model for model in models}
     parser.add_argument("model", choices=list(models))
     parser.add_argument("--only", default="", help="the checkpoints whose name contains this")

@@ -18,7 +18,7 @@ Checks and measurements:
   bench --peers        our layers and PyTorch's, timed in turn (makes a Python environment)
   bench --peers metrics
                        our metrics and fadtk's, kadtk's and vendi-score's, the same way
-  parity clap|t5|stable_audio|gradients|codecs
+  parity clap|t5|stable_audio|gradients|codecs|musicgen
                        our models and their reference implementations at the published sizes, with seeded random
                        weights in the published layouts: errors per stage (makes a Python environment; --only NAME)
   fixtures [--check]   list the fixtures with size and hash; --check compares with fixtures/MANIFEST.tsv,
@@ -187,7 +187,7 @@ fn peers(root: &Path, args: &[String]) -> Result<()> {
 
 /// Compares a model with its reference implementation: builds our side, then leaves the rest to the script.
 fn parity(root: &Path, args: &[String]) -> Result<()> {
-    const MODELS: [&str; 5] = ["clap", "t5", "stable_audio", "gradients", "codecs"];
+    const MODELS: [&str; 6] = ["clap", "t5", "stable_audio", "gradients", "codecs", "musicgen"];
     let Some(model) = args.first().filter(|model| MODELS.contains(&model.as_str())) else {
         bail!("`parity` takes {}\nhint: cargo xtask parity clap --only music", MODELS.join(", "));
     };

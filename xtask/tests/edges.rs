@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::process::Command;
 
 /// crate -> crates of ours it may depend on (dev-dependencies on `dragon-testkit` are always allowed).
-const ALLOWED: [(&str, &[&str]); 13] = [
+const ALLOWED: [(&str, &[&str]); 14] = [
     ("dragon-audio", &[]),
     ("dragon-data", &["dragon-audio"]),
     ("dragon-nn", &[]),
@@ -13,6 +13,7 @@ const ALLOWED: [(&str, &[&str]); 13] = [
     ("dragon-vae", &["dragon-nn", "dragon-audio"]),
     ("dragon-encoders", &["dragon-nn", "dragon-audio", "dragon-vae"]),
     ("dragon-diffusion", &["dragon-nn"]),
+    ("dragon-musicgen", &["dragon-nn"]),
     ("dragon-rewards", &["dragon-metrics", "dragon-dist"]),
     (
         "dragon-trainer",
@@ -23,6 +24,7 @@ const ALLOWED: [(&str, &[&str]); 13] = [
             "dragon-dist",
             "dragon-encoders",
             "dragon-metrics",
+            "dragon-musicgen",
             "dragon-nn",
             "dragon-rewards",
             "dragon-vae",

@@ -24,6 +24,7 @@ pub const PRESETS: &[(&str, &str)] = &[
     ("pretrain/dit", include_str!("../presets/pretrain/dit.toml")),
     ("generate/default", include_str!("../presets/generate/default.toml")),
     ("generate/stable-audio", include_str!("../presets/generate/stable-audio.toml")),
+    ("generate/musicgen", include_str!("../presets/generate/musicgen.toml")),
     ("embed/default", include_str!("../presets/embed/default.toml")),
     ("score/default", include_str!("../presets/score/default.toml")),
     ("data/fetch", include_str!("../presets/data/fetch.toml")),

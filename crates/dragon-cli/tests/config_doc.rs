@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 /// The presets in the order of the documentation, with the command that reads each.
-const PRESETS: [(&str, &str); 20] = [
+const PRESETS: [(&str, &str); 21] = [
     ("finetune/per-song-fad", "dragon finetune"),
     ("finetune/clap-score", "dragon finetune --preset clap-score"),
     ("finetune/per-song-fad-text", "dragon finetune --preset per-song-fad-text"),
@@ -18,7 +18,8 @@ const PRESETS: [(&str, &str); 20] = [
     ("eval/stable-audio", "dragon eval --model DIR"),
     ("card/default", "dragon card"),
     ("generate/default", "dragon generate"),
-    ("generate/stable-audio", "dragon generate --model DIR"),
+    ("generate/stable-audio", "dragon generate --model DIR, Stable Audio Open"),
+    ("generate/musicgen", "dragon generate --model DIR, MusicGen"),
     ("embed/default", "dragon embed, stats"),
     ("score/default", "dragon score"),
     ("data/fetch", "dragon data fetch"),

@@ -556,3 +556,54 @@ fn misfits_are_named() {
     let message = gated_add(&x, &t(&[2, 6]), &x).unwrap_err().to_string();
     assert!(message.contains("[2, 6]"), "{message}");
 }
+
+#[test]
+fn a_few_rows_are_right_and_depend_on_nothing_but_themselves() {
+    for (rows, n_in, n_out) in [(1, 1, 1), (2, 5, 7), (3, 33, 17), (8, 16, 48), (19, 100, 30), (2, 1024, 700)]
+    {
+        let x = noise("x", &[rows, n_in]).to_dtype(DType::F32).unwrap();
+        let w = noise("w", &[n_out, n_in]).to_dtype(DType::F32).unwrap();
+        let got = linear_few_rows(&x, &w).unwrap();
+        let want = linear::plain::linear(&x, &w, None).unwrap();
+        assert_close(&got, &want, Tol { atol: 1e-4, rtol: 1e-4 });
+        let one = |n_threads: usize, i: usize| -> Vec<f32> {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().unwrap();
+            let row = pool.install(|| linear_few_rows(&x.narrow(0, i, 1).unwrap(), &w).unwrap());
+            row.flatten_all().unwrap().to_vec1().unwrap()
+        };
+        let got: Vec<Vec<f32>> = got.to_vec2().unwrap();
+        for (i, row) in got.iter().enumerate() {
+            assert!(*row == one(1, i) && *row == one(3, i), "row {i} of {rows}");
+        }
+    }
+    let (x, w) = (noise("x", &[2, 3, 20]), noise("w", &[4, 20]));
+    assert_close(&linear_few_rows(&x, &w).unwrap(), &linear(&x, &w, None).unwrap(), Tol::LAYER);
+    let message = linear_few_rows(&x, &noise("w", &[4, 21])).unwrap_err().to_string();
+    assert!(message.contains("21 inputs"), "{message}");
+}
+
+#[test]
+fn cached_attention_sees_what_it_is_told_and_no_more() {
+    let (batch, t, heads, n, d) = (3, 2, 2, 21, 20);
+    let q = noise("q", &[batch, t, heads * d]).to_dtype(DType::F32).unwrap();
+    let [k, v] = ["k", "v"].map(|key| noise(key, &[batch, heads, n, d]).to_dtype(DType::F32).unwrap());
+    let seen = [5, 6, 0, 21, 1, 0];
+    let got = attention_cached(&q, &k, &v, &seen, 0.3).unwrap();
+    let want = attention::plain::attention_cached(&q, &k, &v, &seen, 0.3).unwrap();
+    assert_close(&got, &want, Tol::LAYER);
+    let nothing: Vec<f32> = got.get(1).unwrap().get(0).unwrap().to_vec1().unwrap();
+    assert!(nothing.iter().all(|y| *y == 0.0));
+    // Neither what lies behind, nor other examples, nor the number of threads.
+    let row = |t: &Tensor, b: usize| t.narrow(0, b, 1).unwrap();
+    let short = |t: &Tensor| row(t, 0).narrow(2, 0, 6).unwrap();
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+    let alone = pool.install(|| attention_cached(&row(&q, 0), &short(&k), &short(&v), &[5, 6], 0.3).unwrap());
+    assert_eq!(
+        alone.get(0).unwrap().to_vec2::<f32>().unwrap(),
+        got.get(0).unwrap().to_vec2::<f32>().unwrap()
+    );
+    for (seen, part) in [(vec![5, 6], "2 numbers of keys"), (vec![22; 6], "sees 22 keys, there are 21")] {
+        let message = attention_cached(&q, &k, &v, &seen, 0.3).unwrap_err().to_string();
+        assert!(message.contains(part), "{message}");
+    }
+}

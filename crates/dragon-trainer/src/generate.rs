@@ -48,12 +48,7 @@ pub fn run(cfg: &GenerateConfig, ctx: &RunContext) -> Result<Vec<PathBuf>> {
         }
     }
     cfg.sampler.guidance.check().map_err(Error::input("sampler.guidance"))?;
-    if cfg.prompts.is_empty() {
-        return Err(Error::Data {
-            problem: "there is no prompt".into(),
-            hint: "say what should be heard: dragon generate \"a slow harp melody\"".into(),
-        });
-    }
+    prompts_given(&cfg.prompts)?;
     bundle::check_prompts(&cfg.bundle, &cfg.prompts)?;
     if let Some(tuned) = &cfg.tuned {
         tuned_dir(tuned)?;
@@ -98,6 +93,26 @@ pub fn model_of(bundle: &Bundle, tuned: Option<&Path>) -> Result<Box<dyn Diffusi
         None => bundle.diffusion.base(),
         Some(tuned) => bundle.diffusion.tuned(tuned),
     }
+}
+
+/// Whether there are prompts, and none is empty.
+///
+/// # Errors
+/// If not.
+pub(crate) fn prompts_given(prompts: &[String]) -> Result<()> {
+    if let Some(i) = prompts.iter().position(|prompt| prompt.trim().is_empty()) {
+        return Err(Error::Data {
+            problem: format!("prompt {} is empty", i + 1),
+            hint: "say what should be heard, e.g. \"a slow harp melody\"".into(),
+        });
+    }
+    if prompts.is_empty() {
+        return Err(Error::Data {
+            problem: "there is no prompt".into(),
+            hint: "say what should be heard: dragon generate \"a slow harp melody\"".into(),
+        });
+    }
+    Ok(())
 }
 
 /// Lower-case words of a prompt, for a file name: at most 48 bytes, `a-z0-9` and `-`.

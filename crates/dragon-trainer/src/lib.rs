@@ -1,7 +1,7 @@
 //! Training and measuring: the losses, the DRAGON loop, pre-training, evaluation and reports.
 //!
 //! Read in this order: [`finetune`] (the DRAGON loop), [`losses`] (what it learns from D+ and D-), [`rollout`] and
-//! [`embedder`] (from prompts to what a reward sees), [`bundle`] and [`mod@diffusion`] (model folders), [`mod@stable_audio`] (a published one); [`pretrain`] (the
+//! [`embedder`] (from prompts to what a reward sees), [`bundle`] and [`mod@diffusion`] (model folders), [`mod@stable_audio`] and [`mod@musicgen`] (published ones); [`pretrain`] (the
 //! [`pretrain::Task`] trait and the loop all trainings share), [`run`], [`inputs`] and [`checkpoint`] (run folders, the
 //! files that a run reads, exact resume), [`tensorboard`]; [`eval`] with [`report`], [`card`], [`generate`];
 //! [`embed`], [`song_encoder`], [`cache`] and [`sets`] (files to embeddings),
@@ -22,6 +22,7 @@ pub mod finetune;
 pub mod generate;
 pub mod inputs;
 pub mod losses;
+pub mod musicgen;
 pub mod pack;
 pub mod pretrain;
 pub mod report;

@@ -1,6 +1,6 @@
 //! `dragon generate`: prompts to WAV files.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use dragon_trainer::SamplerConfig;
 use dragon_trainer::bundle::Length;
 use dragon_trainer::generate::{self, GenerateConfig};
-use dragon_trainer::stable_audio;
+use dragon_trainer::{musicgen, stable_audio};
 use serde::{Deserialize, Serialize};
 
 use super::{ConfigArgs, context};
@@ -24,7 +24,8 @@ Examples:
   dragon generate --prompts prompts.txt --variants 4 --out songs
   dragon generate \"a slow harp melody\" --tuned runs/finetune-per-song-fad
   dragon generate \"a slow harp melody\" --seed 7 --set sampler.guidance.scale=0.8
-  dragon generate \"a slow harp melody\" --model stable-audio-open-1.0 --set seconds=20")]
+  dragon generate \"a slow harp melody\" --model stable-audio-open-1.0 --set seconds=20
+  dragon generate \"a slow harp melody\" --model musicgen-small --set sampler.top_k=50")]
 pub struct Args {
     /// The prompts
     prompts: Vec<String>,
@@ -34,7 +35,7 @@ pub struct Args {
     /// Use this tuned diffusion model (or that of this run); short for --set tuned=DIR
     #[arg(long, value_name = "DIR")]
     tuned: Option<PathBuf>,
-    /// Model folder: vae/, t5/, dit/, bundle.json, or Stable Audio Open as published; short for --set model=DIR
+    /// Model folder: vae/, t5/, dit/, bundle.json, or Stable Audio Open or MusicGen as published; short for --set model=DIR
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// Songs of each prompt, with seeds N, N + 1 and so on; short for --set variants=N
@@ -79,6 +80,43 @@ struct StableAudioPreset {
     sampler: SamplerConfig,
 }
 
+/// The preset presets/generate/musicgen, for a published folder of MusicGen.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MusicGenPreset {
+    seed: u64,
+    model: PathBuf,
+    seconds: f64,
+    variants: usize,
+    batch: usize,
+    sampler: MusicGenSampler,
+}
+
+/// See [`MusicGenPreset`].
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MusicGenSampler {
+    guidance_scale: f64,
+    top_k: usize,
+    temperature: f64,
+}
+
+/// A model folder that others have published.
+enum Published {
+    StableAudio,
+    MusicGen,
+}
+
+impl Published {
+    fn of(dir: &Path) -> Option<Self> {
+        if stable_audio::is_published(dir) {
+            Some(Self::StableAudio)
+        } else {
+            musicgen::is_published(dir).then_some(Self::MusicGen)
+        }
+    }
+}
+
 /// Runs the command.
 pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     let mut overrides = args.config.overrides();
@@ -96,7 +134,35 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     }
     let mut ctx = context(args.out, false, stop);
     ctx.device = dragon_trainer::device(&args.device)?;
-    let config = if published.is_some_and(|dir| stable_audio::is_published(&dir)) {
+    let given = |key: &str| overrides.iter().any(|item| item.starts_with(&format!("{key}=")));
+    let published = published.and_then(|dir| Published::of(&dir));
+    if matches!(published, Some(Published::MusicGen)) {
+        if given("tuned") {
+            anyhow::bail!(
+                "MusicGen cannot be tuned here\nhint: leave --tuned out, or name another model folder"
+            );
+        }
+        if given("sampler.n_steps") {
+            anyhow::bail!(
+                "MusicGen has no number of steps: it takes one for every frame\nhint: leave --steps out; \
+                 --set seconds=10 makes shorter pieces"
+            );
+        }
+        let preset: MusicGenPreset = settings::resolve("generate/musicgen", args.config.path(), &overrides)?;
+        let config = musicgen::Config {
+            seed: preset.seed,
+            model: preset.model,
+            seconds: preset.seconds,
+            guidance_scale: preset.sampler.guidance_scale,
+            top_k: preset.sampler.top_k,
+            temperature: preset.sampler.temperature,
+            batch: preset.batch,
+            variants: preset.variants,
+            prompts,
+        };
+        return print(musicgen::run(&config, &ctx)?);
+    }
+    let config = if published.is_some() {
         let preset: StableAudioPreset =
             settings::resolve("generate/stable-audio", args.config.path(), &overrides)?;
         GenerateConfig {
@@ -122,7 +188,11 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
             prompts,
         }
     };
-    for file in generate::run(&config, &ctx)? {
+    print(generate::run(&config, &ctx)?)
+}
+
+fn print(files: Vec<PathBuf>) -> Result<()> {
+    for file in files {
         println!("{}", file.display());
     }
     Ok(())
@@ -143,6 +213,11 @@ mod tests {
         assert!(preset.variants > 0 && preset.n_frames.is_none());
         settings::assert_every_key_is_shown("generate/stable-audio", |set| {
             settings::resolve::<StableAudioPreset>("generate/stable-audio", None, set).map(drop)
+        });
+        let preset: MusicGenPreset = settings::resolve("generate/musicgen", None, &[]).unwrap();
+        assert!(preset.variants > 0 && preset.sampler.top_k == 250);
+        settings::assert_every_key_is_shown("generate/musicgen", |set| {
+            settings::resolve::<MusicGenPreset>("generate/musicgen", None, set).map(drop)
         });
     }
 }

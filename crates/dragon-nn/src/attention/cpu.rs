@@ -309,7 +309,7 @@ impl<T: Real> Inputs<'_, T> {
 /// Turns logits into their exponentials, the largest of them 1; returns the largest logit and the inverse of the sum.
 /// A row of `-inf` becomes zeros, with 0 as the inverse.
 #[inline(always)]
-fn exponentials<T: Real>(row: &mut [T]) -> (T, T) {
+pub(super) fn exponentials<T: Real>(row: &mut [T]) -> (T, T) {
     let max = crate::kernels::lane_max(row);
     if max == T::NEG_INFINITY {
         row.fill(T::ZERO);

@@ -1,5 +1,6 @@
 //! Scaled dot-product attention with an additive bias.
 
+mod cached;
 mod cpu;
 pub(crate) mod plain;
 
@@ -31,6 +32,45 @@ pub fn attention(
         cpu::attention(q, k, v, heads, bias, scale)
     } else {
         plain::attention(q, k, v, heads, bias, scale)
+    }
+}
+
+/// Attention of a language model to the keys and values of earlier steps, which lie in buffers of `N` rows, without gradient:
+/// query `t` of example `b` sees the first `seen[b·T + t]` of them; one that sees none gets zeros.
+///
+/// Each row of the result depends on its own example only, bit for bit, and on no row that it does not see.
+///
+/// # Shapes
+/// - `q`: `[B, T, H·D]`, `keys`, `values`: `[B, H, N, D]`, `seen`: `B·T` numbers; returns `[B, T, H·D]`.
+///
+/// # Errors
+/// If the shapes do not fit, or a query would see more than `N` keys.
+pub fn attention_cached(
+    q: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    seen: &[usize],
+    scale: f64,
+) -> Result<Tensor> {
+    let (batch, t, channels) = q.dims3()?;
+    let (b, heads, n, d) = keys.dims4()?;
+    if b != batch || heads * d != channels || values.dims() != keys.dims() || seen.len() != batch * t {
+        candle_core::bail!(
+            "attention: q {:?}, keys {:?}, values {:?} and {} numbers of keys do not fit",
+            q.dims(),
+            keys.dims(),
+            values.dims(),
+            seen.len()
+        )
+    }
+    if let Some(more) = seen.iter().find(|&&seen| seen > n) {
+        candle_core::bail!("attention: a query sees {more} keys, there are {n}")
+    }
+    let (q, keys, values) = (q.detach(), keys.detach(), values.detach());
+    if crate::kernels::fast(&[&q, &keys, &values]) {
+        cached::attention(&q, &keys, &values, seen, scale)
+    } else {
+        plain::attention_cached(&q, &keys, &values, seen, scale)
     }
 }
 

@@ -30,3 +30,25 @@ pub(crate) fn attention(
     let mixed = weights.broadcast_div(&total)?.to_dtype(v.dtype())?.matmul(&v)?; // [B, H, Tq, Dv]
     mixed.transpose(1, 2)?.flatten_from(2) // [B, Tq, H·Dv]
 }
+
+/// [`super::attention_cached`] as candle operations: keys that a query does not see are masked.
+pub(crate) fn attention_cached(
+    q: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    seen: &[usize],
+    scale: f64,
+) -> Result<Tensor> {
+    let (batch, t, _) = q.dims3()?;
+    let heads = keys.dim(1)?;
+    let n = seen.iter().copied().max().unwrap_or(0);
+    if n == 0 {
+        return q.zeros_like();
+    }
+    // [B, H, N, D] -> [B, n, H·D]
+    let channels_last = |x: &Tensor| x.narrow(2, 0, n)?.transpose(1, 2)?.flatten_from(2);
+    let mask = |&seen: &usize| (0..n).map(move |i| if i < seen { 0.0 } else { f32::NEG_INFINITY });
+    let bias: Vec<f32> = seen.iter().flat_map(mask).collect();
+    let bias = Tensor::from_vec(bias, (batch, 1, t, n), q.device())?.to_dtype(q.dtype())?;
+    attention(q, &channels_last(keys)?, &channels_last(values)?, heads, Some(&bias), scale)
+}

@@ -1,6 +1,7 @@
 //! `y = x Wᵀ + b` on the last dimension.
 
 mod cpu;
+mod few_rows;
 pub(crate) mod plain;
 
 use candle_core::{Result, Tensor};
@@ -19,6 +20,26 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     let mut all = vec![x, weight];
     all.extend(bias);
     if crate::kernels::fast(&all) { cpu::linear(x, weight, bias) } else { plain::linear(x, weight, bias) }
+}
+
+/// [`linear`] without bias and without gradient, for a few rows at a time, where the time goes into reading the weights: a
+/// language model that makes one token after the other. Reads them once, where they lie.
+///
+/// Each row of the result depends on its row of `x` only, bit for bit; the sums have another order than those of [`linear`].
+///
+/// # Shapes
+/// - `x`: `[..., in]`, `weight`: `[out, in]`; returns `[..., out]`.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn linear_few_rows(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    check(x, weight, None)?;
+    let (x, weight) = (x.detach(), weight.detach());
+    if crate::kernels::fast(&[&x, &weight]) {
+        few_rows::linear(&x, &weight)
+    } else {
+        plain::linear(&x, &weight, None)
+    }
 }
 
 fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<()> {
