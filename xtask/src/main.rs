@@ -187,7 +187,8 @@ fn peers(root: &Path, args: &[String]) -> Result<()> {
 
 /// Compares a model with its reference implementation: builds our side, then leaves the rest to the script.
 fn parity(root: &Path, args: &[String]) -> Result<()> {
-    let Some(model) = args.first().filter(|model| ["clap", "t5", "stable_audio", "codecs"].contains(&model.as_str()))
+    let Some(model) =
+        args.first().filter(|model| ["clap", "t5", "stable_audio", "codecs"].contains(&model.as_str()))
     else {
         bail!("`parity` takes clap, t5, stable_audio or codecs\nhint: cargo xtask parity clap --only music");
     };
