@@ -344,6 +344,11 @@ mod tests {
         (0..n).map(|_| next()).collect()
     }
 
+    /// `[1, 2, N]`: the same in both channels.
+    fn stereo(samples: &[f32]) -> Tensor {
+        Tensor::from_vec([samples, samples].concat(), (1, 2, samples.len()), &Device::Cpu).unwrap()
+    }
+
     fn load(path: &str) -> Codec {
         Codec::load(fixture(path), &Device::Cpu).unwrap()
     }
@@ -391,20 +396,21 @@ mod tests {
 
     #[test]
     fn dac_hears_windows_of_five_seconds_at_a_fixed_loudness() {
-        let rate = 1000; // windows of 5000 samples
-        let song: Vec<f32> = noise(7000).iter().map(|x| x * 0.02).collect();
+        let rate = 8000; // windows of 40 000 samples
+        let song: Vec<f32> = noise(56_000).iter().map(|x| x * 0.02).collect();
         let windows: Vec<Vec<f32>> = dac_windows(&song, rate).collect();
         // Ten seconds of song and zeros: windows begin at -2.5 s to 7.5 s.
         assert_eq!(windows.len(), 5);
-        assert!(windows.iter().all(|window| window.len() == 5000));
+        assert!(windows.iter().all(|window| window.len() == 40_000));
         let gain = windows[1][100] / song[100];
-        assert!(windows[0][..2500].iter().all(|&x| x == 0.0) && windows[0][2500] == song[0] * gain);
-        assert!(windows[3][2000..].iter().all(|&x| x == 0.0) && windows[3][1999] == song[6999] * gain);
+        let near = |a: f32, b: f32| (a - b * gain).abs() < 1e-6;
+        assert!(windows[0][..20_000].iter().all(|&x| x == 0.0) && near(windows[0][20_000], song[0]));
+        assert!(windows[3][16_000..].iter().all(|&x| x == 0.0) && near(windows[3][15_999], song[55_999]));
         let loud: Vec<f32> = song.iter().map(|x| x * gain).collect();
         assert!((lufs(&[&loud], rate) + 16.0).abs() < 1e-3);
         // A click is louder than its loudness says: its peak is brought to 1.
-        let mut click = vec![0.0; 7000];
-        click[3000] = 0.5;
+        let mut click = vec![0.0; 56_000];
+        click[24_000] = 0.5;
         let peak = dac_windows(&click, rate).flatten().fold(0.0f32, |peak, x| peak.max(x.abs()));
         assert!((peak - 1.0).abs() < 1e-6, "{peak}");
         assert_eq!(dac_windows(&[0.0; 10], rate).flatten().fold(0.0f32, f32::max), 0.0);
