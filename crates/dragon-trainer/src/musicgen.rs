@@ -258,7 +258,9 @@ pub fn run(cfg: &Config, ctx: &RunContext) -> Result<Vec<PathBuf>> {
     for part in jobs.chunks(cfg.batch) {
         let before = files.len() * n_steps;
         let mut on_step = |step: usize| {
-            meter.update(before + step * part.len(), &[], &[], false);
+            if step > 0 {
+                meter.update(before + step * part.len(), &[], &[], false);
+            }
             if ctx.stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
         let Some(pieces) = pipeline.pieces(part, n_frames, cfg, &mut on_step)? else {
