@@ -373,11 +373,6 @@ mod tests {
         assert_close(&got, &want, Tol::LAYER);
     }
 
-    /// The same samples in both channels, `[1, 2, N]`.
-    fn stereo(samples: &[f32]) -> Tensor {
-        Tensor::from_vec([samples, samples].concat(), (1, 2, samples.len()), &Device::Cpu).unwrap()
-    }
-
     #[test]
     fn stereo_models_hear_the_song_in_both_channels_segment_by_segment() {
         let codec = load(ALL[1]);

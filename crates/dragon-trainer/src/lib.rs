@@ -5,7 +5,7 @@
 //! [`pretrain::Task`] trait and the loop all trainings share), [`run`], [`inputs`] and [`checkpoint`] (run folders, the
 //! files that a run reads, exact resume), [`tensorboard`]; [`eval`] with [`report`], [`card`], [`generate`];
 //! [`embed`], [`song_encoder`], [`cache`] and [`sets`] (files to embeddings),
-//! [`score`] (any systems against a reference); [`mod@bench`] (how fast the parts are).
+//! [`score`] (any systems against a reference); [`mod@bench`] and [`presto`] (how fast the parts are, and those of the paper's size).
 
 pub mod bench;
 pub mod bundle;
@@ -24,6 +24,7 @@ pub mod inputs;
 pub mod losses;
 pub mod musicgen;
 pub mod pack;
+pub mod presto;
 pub mod pretrain;
 pub mod report;
 pub mod rollout;

@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use dragon_diffusion::{
-    Config, DiffusionModel, Guidance, Model, Noise, SamplerConfig, Solver, TextCond, Weighting, denoising_errors,
-    sample,
+    Config, DiffusionModel, Guidance, Model, Noise, SamplerConfig, Solver, TextCond, Weighting,
+    denoising_errors, sample,
 };
 use dragon_nn::{AdamW, AdamWConfig, Params, Rng};
 use dragon_vae::AudioVae;
