@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Compares our models with their reference implementations at the published sizes, stage by stage.
 
-Usage: cargo xtask parity clap|t5|stable_audio|musicgen [--only SUBSTRING]
+Usage: cargo xtask parity clap|t5|stable_audio|codecs|musicgen [--only SUBSTRING]
 
 The published weights are not needed: the reference is built with seeded random weights at the full published
 configuration and written in the layout of the published files; both sides read those and see the same audio and texts.
-Makes a virtual environment with PyTorch, transformers, diffusers and laion-clap from PyPI under target/peers; the checkpoints
+Makes a virtual environment with PyTorch, transformers, diffusers, laion-clap, encodec, descript-audio-codec and torchvggish from PyPI under target/peers; the checkpoints
 (up to 13.8 GB, MusicGen large) lie under target/parity until the next run.
 
 For each stage: the largest absolute error, the same relative to the largest value, the smallest cosine of a row with its
@@ -35,6 +35,7 @@ PACKAGES = [
     "sentencepiece==0.2.3", "protobuf==7.36.2", "charset-normalizer==3.5.3", "urllib3==2.8.0", "certifi==2026.10.19.post1",
     "diffusers==0.36.0", "importlib-metadata==10.2.0", "zipp==4.1.2", "pillow==13.0.0", "torchsde==0.2.6", "trampoline==0.1.2",
     "httpx==0.28.1", "httpcore==1.0.9", "anyio==4.16.0", "h11==0.16.0", "sniffio==1.3.1",
+    "encodec==0.1.1", "einops==0.8.2", "descript-audio-codec==1.0.0", "torchvggish==0.2", "pyloudnorm==0.2.0",
 ]  # fmt: skip
 # Bars in f32: relative error of the front end, then cosine and absolute error of embeddings.
 MEL, COSINE, ABSOLUTE, T5 = 1e-5, 0.999999, 1e-4, 1e-4
@@ -264,6 +265,12 @@ def stable_audio(binary, _):
     pipeline.run(binary, folder, tokenizer, prompts, ours, compare, head)
 
 
+def codecs(binary, only):
+    import codecs_parity
+
+    codecs_parity.run(binary, only, WORK, ours, compare, head, faster_of_two, failed)
+
+
 def musicgen(binary, only):
     import musicgen as pipeline
 
@@ -284,12 +291,12 @@ def musicgen(binary, only):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["clap", "t5", "stable_audio", "musicgen"])
+    parser.add_argument("model", choices=["clap", "t5", "stable_audio", "codecs", "musicgen"])
     parser.add_argument("--only", default="", help="the checkpoints whose name contains this")
     parser.add_argument("--binary", required=True, help="our side, an example of the workspace")
     args = parser.parse_args()
     peers.environment(__file__, *PACKAGES)
-    models = {"clap": clap, "t5": t5, "stable_audio": stable_audio, "musicgen": musicgen}
+    models = {"clap": clap, "t5": t5, "stable_audio": stable_audio, "codecs": codecs, "musicgen": musicgen}
     models[args.model](args.binary, args.only)
     if failed:
         sys.exit(f"beyond their bars: {', '.join(failed)}")

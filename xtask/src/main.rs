@@ -18,7 +18,7 @@ Checks and measurements:
   bench --peers        our layers and PyTorch's, timed in turn (makes a Python environment)
   bench --peers metrics
                        our metrics and fadtk's, kadtk's and vendi-score's, the same way
-  parity clap|t5|stable_audio|musicgen
+  parity clap|t5|stable_audio|codecs|musicgen
                        our models and their reference implementations at the published sizes, with seeded random
                        weights in the published layouts: errors per stage (makes a Python environment; --only NAME)
   fixtures [--check]   list the fixtures with size and hash; --check compares with fixtures/MANIFEST.tsv,
@@ -187,11 +187,12 @@ fn peers(root: &Path, args: &[String]) -> Result<()> {
 
 /// Compares a model with its reference implementation: builds our side, then leaves the rest to the script.
 fn parity(root: &Path, args: &[String]) -> Result<()> {
-    let Some(model) =
-        args.first().filter(|model| ["clap", "t5", "stable_audio", "musicgen"].contains(&model.as_str()))
+    let Some(model) = args
+        .first()
+        .filter(|model| ["clap", "t5", "stable_audio", "codecs", "musicgen"].contains(&model.as_str()))
     else {
         bail!(
-            "`parity` takes clap, t5, stable_audio or musicgen\nhint: cargo xtask parity clap --only music"
+            "`parity` takes clap, t5, stable_audio, codecs or musicgen\nhint: cargo xtask parity clap --only music"
         );
     };
     let example = format!("parity_{model}");

@@ -80,6 +80,12 @@ pub enum Error {
     /// From the audio crate.
     #[error(transparent)]
     Audio(#[from] dragon_audio::Error),
+    /// A checkpoint that cannot be read or does not fit.
+    #[error(transparent)]
+    Load(#[from] Box<dragon_nn::LoadError>),
+    /// From a codec's files.
+    #[error(transparent)]
+    Vae(#[from] dragon_vae::Error),
     /// From a model.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

@@ -2,13 +2,15 @@
 //!
 //! Reading order:
 //! - [`encoder`]: the roles [`AudioEncoder`] and [`TextEncoder`], and [`Embeddings`];
-//! - [`settings`]: MA, FADTK and VAE, from samples to windows;
+//! - [`settings`]: MA, FADTK, VAE and frames, from samples to windows;
 //! - [`musicnn`]: a music tagger with trained weights, for Fréchet distances and Vendi scores;
+//! - [`vggish`], [`codec`] (EnCodec, DAC, Stable Audio's autoencoder): for Fréchet distances;
 //! - [`tokenizer`], [`t5`]: captions to ids, ids to the states that condition the denoiser;
 //! - [`clap`]: audio and text in one space, of [`htsat`] and [`roberta`];
 //! - [`error`]: what can go wrong.
 
 pub mod clap;
+pub mod codec;
 pub mod encoder;
 pub mod error;
 pub mod htsat;
@@ -19,6 +21,7 @@ mod rows;
 pub mod settings;
 pub mod t5;
 pub mod tokenizer;
+pub mod vggish;
 
 pub use encoder::{AudioEncoder, Embeddings, TextEncoder};
 pub use error::{Error, Result};

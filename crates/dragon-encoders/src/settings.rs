@@ -1,4 +1,5 @@
-//! The embedding settings MA, FADTK and VAE (paper B.2, C.2): how a song becomes the windows that an encoder embeds.
+//! The embedding settings MA, FADTK and VAE (paper B.2, C.2), and frames for codecs: how a song becomes the windows that an
+//! encoder embeds.
 //!
 //! Pure functions from samples to windows, for an encoder with any window length `W`. Nothing is random: the same
 //! samples give the same windows bit for bit.
@@ -8,6 +9,7 @@
 //! | MA | `n_windows` of `W`, from start to end at equal distances, and the whole song squeezed into `W` | each window | aesthetics, CLAP score, Vendi, references made of text |
 //! | FADTK | `W` every `hop_s` | the song, once | Fréchet distances to audio |
 //! | VAE | none: each latent frame of the song is an embedding | none | Fréchet distances to latents |
+//! | frames | what the encoder's own reference program cuts a song into, see [`crate::codec`] and [`crate::vggish`] | none | Fréchet distances to audio by EnCodec, DAC, VGGish |
 //!
 //! Rules that the paper leaves open, decided here:
 //! - *Peak normalisation* divides by the largest magnitude. Audio that never exceeds [`SILENCE`] stays as it is.
@@ -50,6 +52,8 @@ pub enum Setting {
         /// Use the generated latents themselves; otherwise decode to audio and encode again (paper).
         latent_direct: bool,
     },
+    /// Each latent frame of a codec is an embedding, or each 0.96 s for VGGish: the song cut as fadtk cuts it for the encoder.
+    Frames,
 }
 
 impl Setting {
@@ -70,8 +74,8 @@ pub enum Tail {
 /// The windows of `samples` under `setting`, each of `window` samples, ready for the encoder.
 ///
 /// # Errors
-/// If the clip is too short or not finite, a number of the setting is out of range, or the setting is VAE, which has no
-/// windows.
+/// If the clip is too short or not finite, a number of the setting is out of range, or the setting is VAE or frames, which have
+/// no windows.
 pub fn windows(
     samples: &[f32],
     window: usize,
@@ -107,16 +111,16 @@ pub fn windows(
             }
             Ok(out)
         }
-        Setting::Vae { .. } => Err(no_windows(setting)),
+        Setting::Vae { .. } | Setting::Frames => Err(no_windows(setting)),
     }
 }
 
-/// The error of an encoder of windows that is asked for the VAE setting.
+/// The error of an encoder of windows that is asked for a setting without them.
 pub(crate) fn no_windows(setting: &Setting) -> Error {
     Error::Setting {
         key: "setting",
         expected: "`ma` or `fadtk` for an encoder of windows".into(),
-        found: format!("{setting:?}, which needs the latents of a VAE"),
+        found: format!("{setting:?}, which needs the latents of a VAE or codec"),
     }
 }
 
@@ -129,14 +133,21 @@ pub fn checked(samples: &[f32], window: usize) -> Result<std::borrow::Cow<'_, [f
     if samples.len() < least {
         return Err(Error::TooShort { expected: least, found: samples.len(), window });
     }
-    if let Some((index, &value)) = samples.iter().enumerate().find(|(_, x)| !x.is_finite()) {
-        return Err(Error::NotFinite { index, value });
-    }
+    finite(samples)?;
     Ok(if samples.len() < window {
         samples.iter().copied().cycle().take(window).collect::<Vec<f32>>().into()
     } else {
         samples.into()
     })
+}
+
+/// # Errors
+/// If a sample is NaN or infinite.
+pub(crate) fn finite(samples: &[f32]) -> Result<()> {
+    match samples.iter().enumerate().find(|(_, x)| !x.is_finite()) {
+        Some((index, &value)) => Err(Error::NotFinite { index, value }),
+        None => Ok(()),
+    }
 }
 
 /// Starts of `n_windows` windows spread over `n_samples >= window` samples: the first at 0, the last at the end.

@@ -70,7 +70,11 @@ impl Weight {
         Ok(Weight::Plain(vb.get_with_hints(shape, "weight", default_init(shape.1 * shape.2))?))
     }
 
+    /// A file that holds the product instead, as `remove_weight_norm` leaves it, is read too.
     fn normed(shape: (usize, usize, usize), vb: &VarBuilder) -> Result<Weight> {
+        if vb.contains_tensor("weight") && !vb.contains_tensor("weight_v") {
+            return Self::plain(shape, vb);
+        }
         let v = vb.get_with_hints(shape, "weight_v", default_init(shape.1 * shape.2))?;
         // A row of n numbers uniform in ±1/sqrt(n) has this length in the mean, so g ≈ |v| as in PyTorch.
         let g = vb.get_with_hints((shape.0, 1, 1), "weight_g", Init::Const(1.0 / 3f64.sqrt()))?;

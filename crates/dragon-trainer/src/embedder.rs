@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use dragon_encoders::clap::{self, ClapEncoder};
+use dragon_encoders::codec::{self, Codec};
 use dragon_encoders::musicnn::Musicnn;
 use dragon_encoders::settings::latent_rows;
+use dragon_encoders::vggish::Vggish;
 use dragon_encoders::{AudioEncoder, Embeddings, TextEncoder};
 pub use dragon_encoders::{Setting, Tail};
 use dragon_metrics::{FrechetReference, GaussianStats, Rows};
@@ -46,8 +48,66 @@ pub enum EncoderConfig {
         /// file, with roberta-base's `tokenizer.json` beside it.
         dir: PathBuf,
     },
+    /// A neural codec: EnCodec, DAC or Stable Audio's autoencoder, whose latents before quantisation are the embeddings, a row a
+    /// frame. Goes with a setting of kind `frames`.
+    Codec {
+        /// As published: encodec's or descript's file, or a folder of Hugging Face, diffusers or stable-audio-tools.
+        path: PathBuf,
+    },
+    /// VGGish; 128 dimensions, windows of 0.975 s at 16 kHz; with a setting of kind `frames` as the program fadtk cuts songs.
+    Vggish {
+        /// Its weights, torchvggish's file.
+        weights: PathBuf,
+    },
     /// The model folder's own VAE: each latent frame is an embedding. Goes with a setting of kind `vae`.
     Vae,
+}
+
+impl EncoderConfig {
+    /// The encoder that a published file or folder holds, told from what is in it. What is not known is taken for a CLAP, whose
+    /// loading says what is wrong.
+    pub fn of_path(path: &Path) -> Self {
+        let path = path.to_path_buf();
+        match codec::Kind::of(&path) {
+            Some(codec::Kind::Vggish) => Self::Vggish { weights: path },
+            Some(_) => Self::Codec { path },
+            None => Self::Clap { dir: path },
+        }
+    }
+
+    /// The name of its kind.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Musicnn { .. } => "musicnn",
+            Self::Clap { .. } => "clap",
+            Self::Codec { .. } => "codec",
+            Self::Vggish { .. } => "vggish",
+            Self::Vae => "vae",
+        }
+    }
+
+    /// Whether it goes with a setting.
+    ///
+    /// # Errors
+    /// The settings that it goes with.
+    pub fn check_setting(&self, setting: &Setting) -> std::result::Result<(), &'static str> {
+        let (fits, expected) = match (self, setting) {
+            (Self::Vae, setting) => {
+                (matches!(setting, Setting::Vae { .. }), "a setting of kind `vae` for the encoder `vae`")
+            }
+            (Self::Codec { .. }, setting) => {
+                (*setting == Setting::Frames, "a setting of kind `frames` for an encoder of kind `codec`")
+            }
+            (Self::Vggish { .. }, setting) => {
+                (!matches!(setting, Setting::Vae { .. }), "a setting of kind `frames`, `ma` or `fadtk`")
+            }
+            (_, setting) => (
+                !matches!(setting, Setting::Vae { .. } | Setting::Frames),
+                "a setting of kind `ma` or `fadtk` (`vae` is for the encoder `vae`, `frames` for kinds `codec` and `vggish`)",
+            ),
+        };
+        if fits { Ok(()) } else { Err(expected) }
+    }
 }
 
 /// The encoders and settings that rewards and metrics name.
@@ -75,18 +135,10 @@ impl EmbedConfig {
                 let setting = self.settings.get(&source.setting).ok_or_else(|| {
                     Error::config("setting", format!("one of {}", names(&self.settings)), &source.setting)
                 })?;
-                let latents = matches!(encoder, EncoderConfig::Vae);
-                if latents != matches!(setting, Setting::Vae { .. }) {
-                    return Err(Error::config(
-                        "setting",
-                        if latents {
-                            "a setting of kind `vae` for the encoder `vae`"
-                        } else {
-                            "a setting of kind `ma` or `fadtk`"
-                        },
-                        format!("`{}` with encoder `{}`", source.setting, source.encoder),
-                    ));
-                }
+                encoder.check_setting(setting).map_err(|expected| {
+                    let found = format!("`{}` with encoder `{}`", source.setting, source.encoder);
+                    Error::config("setting", expected, found)
+                })?;
                 if reward.needs_text(&source) && !matches!(encoder, EncoderConfig::Clap { .. }) {
                     return Err(Error::config(
                         "encoder",
@@ -144,6 +196,12 @@ impl Encoder {
             }
             EncoderConfig::Clap { dir } => Encoder::Clap(Box::new(
                 ClapEncoder::load(dir, device).map_err(no_clap)?,
+            )),
+            EncoderConfig::Codec { path } => Encoder::Audio(Box::new(
+                Codec::load(path, device).map_err(Error::input("cannot load the codec"))?,
+            )),
+            EncoderConfig::Vggish { weights } => Encoder::Audio(Box::new(
+                Vggish::load(weights, device).map_err(Error::input("cannot load VGGish"))?,
             )),
             EncoderConfig::Vae => Encoder::Vae,
         })
@@ -408,6 +466,11 @@ mod tests {
             [settings.frames]
             kind = "vae"
             latent_direct = true
+            [encoders.encodec]
+            kind = "codec"
+            path = "encodec_24khz.th"
+            [settings.whole]
+            kind = "frames"
             "#,
         )
         .unwrap()
@@ -423,12 +486,14 @@ mod tests {
     #[test]
     fn names_that_do_not_exist_or_fit_are_reported_with_the_known_ones() {
         let cfg = config();
-        cfg.check(&[vendi("ears", "ma"), vendi("vae", "frames")]).unwrap();
+        cfg.check(&[vendi("ears", "ma"), vendi("vae", "frames"), vendi("encodec", "whole")]).unwrap();
         for (reward, part) in [
-            (vendi("musicnn", "ma"), "one of `ears`, `vae`, found musicnn"),
-            (vendi("ears", "fadtk"), "one of `frames`, `ma`, found fadtk"),
+            (vendi("musicnn", "ma"), "one of `encodec`, `ears`, `vae`, found musicnn"),
+            (vendi("ears", "fadtk"), "one of `frames`, `ma`, `whole`, found fadtk"),
             (vendi("ears", "frames"), "a setting of kind `ma` or `fadtk`"),
             (vendi("vae", "ma"), "a setting of kind `vae`"),
+            (vendi("encodec", "ma"), "a setting of kind `frames`"),
+            (vendi("ears", "whole"), "a setting of kind `ma` or `fadtk`"),
         ] {
             let text = cfg.check(&[reward]).unwrap_err().to_string();
             assert!(text.contains(part), "{text}");

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use dragon_encoders::clap;
+use dragon_encoders::{clap, codec};
 use dragon_rewards::{Exemplars, RewardConfig};
 use sha2::{Digest, Sha256};
 
@@ -76,11 +76,14 @@ impl Inputs {
 /// The files that an encoder is read from; `bundle` is the model folder, whose VAE is one.
 ///
 /// # Errors
-/// If it is not told which files a CLAP is read from.
+/// If it is not told which files a CLAP or codec is read from.
 pub(crate) fn encoder_files(encoder: &EncoderConfig, bundle: &Path) -> Result<Vec<PathBuf>> {
     Ok(match encoder {
         EncoderConfig::Musicnn { weights } => vec![weights.clone()],
         EncoderConfig::Clap { dir } => clap::files(dir).map_err(no_clap)?,
+        EncoderConfig::Codec { path } | EncoderConfig::Vggish { weights: path } => {
+            codec::files(path).map_err(Error::input("cannot find the encoder's files"))?
+        }
         EncoderConfig::Vae => inside(&bundle.join("vae"), &MODEL),
     })
 }

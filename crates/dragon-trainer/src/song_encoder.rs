@@ -28,14 +28,11 @@ impl SongEncoder {
     /// Checks that an encoder and a setting go together.
     ///
     /// # Errors
-    /// If one is of latents and the other is not.
+    /// If they do not; says which setting the encoder takes.
     pub fn check(encoder: &EncoderConfig, setting: &Setting) -> Result<()> {
-        if matches!(encoder, EncoderConfig::Vae) == matches!(setting, Setting::Vae { .. }) {
-            return Ok(());
-        }
-        Err(Error::Data {
-            problem: "the encoder and the setting do not fit".into(),
-            hint: "the encoder `vae` goes with a setting of kind `vae`".into(),
+        encoder.check_setting(setting).map_err(|expected| Error::Data {
+            problem: format!("the encoder, of kind `{}`, and the setting do not fit", encoder.kind()),
+            hint: format!("take {expected}"),
         })
     }
 
@@ -62,11 +59,7 @@ impl SongEncoder {
         };
         let cache = match cache {
             Some(cache) => {
-                let kind = match cfg {
-                    EncoderConfig::Musicnn { .. } => "musicnn",
-                    EncoderConfig::Clap { .. } => "clap",
-                    EncoderConfig::Vae => "vae",
-                };
+                let kind = cfg.kind();
                 let weights = inputs::sha256(&inputs::encoder_files(cfg, model)?)?;
                 let setting = serde_json::to_string(&setting).map_err(|err| Error::Bug(err.to_string()))?;
                 // The last bits differ from device to device.

@@ -4,9 +4,10 @@
 //! whole model and its folder, [`published`] what Stable Audio calls its parts; then what training needs: [`stft`] the transform with a gradient, [`losses`],
 //! [`discriminator`], and [`training`], one optimiser step.
 //!
-//! Beside it the codecs of others, frozen: [`encodec`].
+//! Beside it the codecs of others, frozen: [`encodec`] and [`dac`].
 
 pub mod config;
+pub mod dac;
 pub mod encodec;
 pub mod model;
 pub mod published;

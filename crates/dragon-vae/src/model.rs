@@ -8,7 +8,7 @@
 //!
 //! Differences from the reference: the encoder ends in mean and log-variance of the latents, 2 × `latent_dim` channels;
 //! widths and the number of residual units may differ between stages; frames may be folded into channels
-//! ([`Config::frames_per_latent`]); the residual vector quantiser is left out.
+//! ([`Config::frames_per_latent`]); the residual vector quantiser is in [`crate::dac`].
 //! With an odd stride the decoder gives `T * stride` samples (`output_padding` 1), where the reference gives one less.
 //! Golden tests: `encoder_and_decoder_match_the_reference` and `oobleck_matches_its_references` in `tests/golden.rs`.
 //!
@@ -38,6 +38,11 @@ impl Encoder {
     /// # Errors
     /// If a tensor is missing or has another shape.
     pub fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
+        Self::with_outputs(cfg, 2 * cfg.inner_dim(), vb)
+    }
+
+    /// The same with another number of output channels.
+    pub(crate) fn with_outputs(cfg: &Config, outputs: usize, vb: VarBuilder) -> Result<Self> {
         let vb = vb.pp("block");
         let widths = &cfg.encoder_channels;
         let conv_in = Conv1d::weight_norm(cfg.audio_channels, widths[0], 7, same(7, 1), vb.pp(0))?;
@@ -58,7 +63,7 @@ impl Encoder {
             conv_in,
             blocks,
             snake_out: snake(cfg.design, width, vb.pp(last))?,
-            conv_out: Conv1d::weight_norm(width, 2 * cfg.inner_dim(), 3, same(3, 1), vb.pp(last + 1))?,
+            conv_out: Conv1d::weight_norm(width, outputs, 3, same(3, 1), vb.pp(last + 1))?,
             audio_channels: cfg.audio_channels,
             frames_per_latent: cfg.frames_per_latent,
             hop: cfg.hop(),
@@ -83,15 +88,38 @@ impl Encoder {
                 self.hop
             );
         }
-        let mut h = audio.transpose(1, 2)?.contiguous()?.apply(&self.conv_in)?; // [B, T*hop, C0]
-        for block in &self.blocks {
-            h = block.forward(&h)?; // [B, T'/stride, C']
-        }
-        let h = h.apply(&self.snake_out)?.apply(&self.conv_out)?; // [B, T*f, 2*c], f frames of c channels per latent frame
+        let h = self.outputs(audio)?; // [B, T*f, 2*c], f frames of c channels per latent frame
         let (_, frames, width) = h.dims3()?;
         let f = self.frames_per_latent;
         let h = h.reshape((batch, frames / f, f, 2, width / 2))?.permute((0, 3, 2, 4, 1))?; // [B, 2, f, c, T]
         h.contiguous()?.reshape((batch, width * f, frames / f)) // [B, 2*latent_dim, T]
+    }
+
+    /// What the layers make of audio `[B, audio_channels, N]` of any length that they can take: `[B, T, outputs]`, where `T` is
+    /// `N / hop` or one less or more if the hop does not divide `N`.
+    pub(crate) fn outputs(&self, audio: &Tensor) -> Result<Tensor> {
+        let mut h = audio.transpose(1, 2)?.contiguous()?.apply(&self.conv_in)?; // [B, N, C0]
+        for block in &self.blocks {
+            h = block.forward(&h)?; // [B, T'/stride, C']
+        }
+        h.apply(&self.snake_out)?.apply(&self.conv_out) // [B, T, outputs]
+    }
+
+    /// Samples that the latent frames `start..end` depend on, clips' ends left out of account: `(first, past_last)`. `first`
+    /// can be negative.
+    pub fn receptive_field(&self, start: usize, end: usize) -> (i64, i64) {
+        let f = self.frames_per_latent;
+        let widen = |span: (i64, i64), by: usize| (span.0 - by as i64, span.1 + by as i64);
+        let mut span = widen(((start * f) as i64, (end * f) as i64), 1); // conv_out, kernel 3
+        for block in self.blocks.iter().rev() {
+            // Kernel 2s, padding p: output i reads inputs i*s - p to i*s - p + 2s - 1.
+            let (s, p) = (block.down.spec().stride as i64, block.down.spec().padding as i64);
+            span = (span.0 * s - p, (span.1 - 1) * s - p + 2 * s);
+            for unit in (0..block.units.len()).rev() {
+                span = widen(span, 3 * dilation(unit));
+            }
+        }
+        widen(span, 3) // conv_in, kernel 7
     }
 }
 
@@ -115,6 +143,11 @@ impl Decoder {
     /// # Errors
     /// If a tensor is missing or has another shape.
     pub fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
+        Self::build(cfg, true, vb)
+    }
+
+    /// `whole`: `T * stride` frames after an odd stride, else one less, as the reference has it.
+    pub(crate) fn build(cfg: &Config, whole: bool, vb: VarBuilder) -> Result<Self> {
         let vb = vb.pp("model");
         let n = cfg.strides.len();
         let widths = &cfg.decoder_channels;
@@ -128,7 +161,7 @@ impl Decoder {
                 residual_units: cfg.decoder_units[stage],
                 design: cfg.design,
             };
-            blocks.push(DecoderBlock::new(shape, vb.pp(n - stage))?);
+            blocks.push(DecoderBlock::new(shape, whole, vb.pp(n - stage))?);
         }
         let conv_out = match cfg.design {
             Design::Dac => Conv1d::weight_norm,
@@ -245,12 +278,12 @@ struct DecoderBlock {
 }
 
 impl DecoderBlock {
-    fn new(shape: BlockShape, vb: VarBuilder) -> Result<Self> {
+    fn new(shape: BlockShape, whole: bool, vb: VarBuilder) -> Result<Self> {
         let vb = vb.pp("block");
         let spec = ConvTranspose1dSpec {
             stride: shape.stride,
             padding: shape.stride.div_ceil(2),
-            output_padding: shape.stride % 2,
+            output_padding: if whole { shape.stride % 2 } else { 0 },
             dilation: 1,
             groups: 1,
         };

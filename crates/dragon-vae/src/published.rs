@@ -34,8 +34,8 @@ impl Layout {
     }
 }
 
-/// `None` for a name that is not of an encoder or decoder.
-fn diffusers_name(parts: &[&str]) -> Option<String> {
+/// The names of diffusers and of Hugging Face's DAC; `None` for a name that is not of an encoder or decoder.
+pub(crate) fn diffusers_name(parts: &[&str]) -> Option<String> {
     let number = |i: usize| parts.get(i)?.parse::<usize>().ok();
     let (side, stage, tensor) = (*parts.first()?, number(2)?, *parts.last()?);
     let encoder = side == "encoder";

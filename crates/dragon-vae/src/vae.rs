@@ -141,6 +141,32 @@ impl AudioVae {
         }
     }
 
+    /// Mean of the posterior of audio of any length of at least a frame, in pieces of about `chunk_frames` latent frames, each
+    /// with the samples that it depends on: bounded memory, and the numbers of the whole. Samples beyond the last whole
+    /// frame are left out.
+    ///
+    /// # Shapes
+    /// - `audio`: `[B, audio_channels, N]`; returns `[B, latent_dim, N / hop]`.
+    ///
+    /// # Errors
+    /// If `chunk_frames` is 0, the channels differ, or there is less than a frame.
+    pub fn encode_mean_chunked(&self, audio: &Tensor, chunk_frames: usize) -> Result<Tensor> {
+        let hop = self.cfg.hop();
+        let frames = audio.dim(2)? / hop;
+        if chunk_frames == 0 || frames == 0 {
+            bail!("encode: expected chunks of at least one frame, and audio of at least {hop} samples");
+        }
+        let mut pieces = Vec::new();
+        for start in (0..frames).step_by(chunk_frames) {
+            let end = (start + chunk_frames).min(frames);
+            let (from, to) = self.encoder.receptive_field(start, end);
+            let (from, to) = (from.max(0) as usize / hop, (to as usize).div_ceil(hop).min(frames));
+            let mean = self.encode(&audio.narrow(2, from * hop, (to - from) * hop)?)?.mean; // [B, C, to - from]
+            pieces.push(mean.narrow(2, start - from, end - start)?);
+        }
+        Tensor::cat(&pieces, 2)
+    }
+
     /// Decodes latents as [`AudioVae::encode`] gives them, not normalised.
     ///
     /// # Shapes

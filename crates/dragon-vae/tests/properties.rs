@@ -235,3 +235,18 @@ fn a_folder_of_another_shape_is_refused_with_all_differences() {
         AudioVae::load(&dir.path().join("nowhere"), DType::F32, &Device::Cpu).unwrap_err().to_string();
     assert!(message.contains("cannot access"), "{message}");
 }
+
+#[test]
+fn encoding_in_chunks_equals_encoding_at_once() {
+    for cfg in [Config::tiny(), Config { strides: vec![3, 2], frames_per_latent: 2, ..Config::tiny() }] {
+        let vae = AudioVae::new(&cfg, Params::new(1).builder(DType::F32, &Device::Cpu)).unwrap();
+        let hop = cfg.hop();
+        let noise = Rng::from_key("audio", 0).normal_tensor((2, 1, 61 * hop + 5), DType::F32, &Device::Cpu);
+        let audio = noise.unwrap();
+        let whole = vae.encode(&audio.narrow(2, 0, 61 * hop).unwrap()).unwrap().mean;
+        for chunk in [1, 7, 60, 61, 100] {
+            assert_close(&vae.encode_mean_chunked(&audio, chunk).unwrap(), &whole, Tol::EXACT);
+        }
+        assert!(vae.encode_mean_chunked(&audio.narrow(2, 0, hop - 1).unwrap(), 4).is_err());
+    }
+}

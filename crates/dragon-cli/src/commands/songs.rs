@@ -16,8 +16,9 @@ use crate::settings;
 /// How songs are embedded.
 #[derive(clap::Args)]
 pub struct SongArgs {
-    /// `musicnn`, `clap` (the shipped one), `vae` (latent frames of a model folder), or a CLAP: its folder, ours or
-    /// Hugging Face's, or LAION's .pt file with tokenizer.json beside it; short for --set encoder=…
+    /// `musicnn`, `clap` (the shipped one), `vae` (latent frames of a model folder), or a published model's file or folder:
+    /// CLAP (ours, Hugging Face's, or LAION's .pt with tokenizer.json beside it), EnCodec, DAC, VGGish, Stable Audio;
+    /// short for --set encoder=…
     #[arg(long, value_name = "NAME or PATH")]
     encoder: Option<String>,
     /// How a song is cut into windows; short for --set setting=…
@@ -48,6 +49,9 @@ enum SettingName {
     Windows,
     /// Windows at a fixed hop, zero-padded at the end, as the program fadtk has them
     Fadtk,
+    /// What the encoder's own reference cuts a song into: latent frames of EnCodec, DAC and Stable Audio, 0.96 s for VGGish (the
+    /// default for these)
+    Frames,
     /// Eight windows from start to end and the whole song, each peak-normalised (the paper's MA)
     Ma,
 }
@@ -66,14 +70,25 @@ impl SongArgs {
     /// What the arguments change in a preset with `encoder` and `setting`.
     pub fn overrides(&self) -> Vec<String> {
         let mut overrides = Vec::new();
-        overrides.extend(self.encoder.as_ref().map(|encoder| match encoder.as_str() {
+        let encoder = self.encoder.as_deref().map(|encoder| match encoder {
             "musicnn" => {
                 r#"encoder={ kind = "musicnn", weights = "builtin:musicnn/mtt_musicnn.safetensors" }"#.into()
             }
             "clap" => r#"encoder={ kind = "clap", dir = "builtin:tiny/clap" }"#.into(),
             "vae" => "encoder={ kind = \"vae\" }".into(),
-            dir => format!("encoder={{ kind = \"clap\", dir = {} }}", settings::quoted(Path::new(dir))),
-        }));
+            given => {
+                let (kind, key) = match EncoderConfig::of_path(&settings::path(given)) {
+                    EncoderConfig::Codec { .. } => ("codec", "path"),
+                    EncoderConfig::Vggish { .. } => ("vggish", "weights"),
+                    _ => ("clap", "dir"),
+                };
+                if kind != "clap" && self.setting.is_none() {
+                    overrides.push(r#"setting={ kind = "frames" }"#.into());
+                }
+                format!("encoder={{ kind = \"{kind}\", {key} = {} }}", settings::quoted(Path::new(given)))
+            }
+        });
+        overrides.extend(encoder);
         if self.encoder.as_deref() == Some("vae") && self.setting.is_none() {
             overrides.push(r#"setting={ kind = "vae", latent_direct = false }"#.into());
         }
@@ -81,6 +96,7 @@ impl SongArgs {
             let value = match setting {
                 SettingName::Windows => r#"{ kind = "fadtk", hop_s = 0.256, tail = "whole_windows" }"#,
                 SettingName::Fadtk => r#"{ kind = "fadtk", hop_s = 0.256, tail = "zero_padded" }"#,
+                SettingName::Frames => r#"{ kind = "frames" }"#,
                 SettingName::Ma => r#"{ kind = "ma", n_windows = 8, whole = true }"#,
             };
             format!("setting={value}")

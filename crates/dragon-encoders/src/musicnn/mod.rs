@@ -178,7 +178,7 @@ impl Musicnn {
                 let starts: Vec<usize> = starts.into_iter().map(|start| start / HOP).collect();
                 Ok(self.network.forward(&self.log_mel(&song), &starts))
             }
-            Setting::Vae { .. } => Err(settings::no_windows(setting)),
+            Setting::Vae { .. } | Setting::Frames => Err(settings::no_windows(setting)),
         }
     }
 
