@@ -57,7 +57,7 @@ impl Encoder {
         let mut at = 1; // an activation has a number too
         for &ratio in cfg.ratios.iter().rev() {
             for unit in 0..cfg.residual_units {
-                layers.push(Layer::Residual(Residual::new(cfg, width, unit, vb.pp(at))?));
+                layers.push(Layer::Residual(Box::new(Residual::new(cfg, width, unit, vb.pp(at))?)));
                 at += 1;
             }
             let down =
@@ -123,7 +123,7 @@ impl Decoder {
             layers.extend([Layer::Elu, Layer::Up(Up::new(cfg, width, ratio, vb.pp(at + 1))?)]);
             (at, width) = (at + 2, width / 2);
             for unit in 0..cfg.residual_units {
-                layers.push(Layer::Residual(Residual::new(cfg, width, unit, vb.pp(at))?));
+                layers.push(Layer::Residual(Box::new(Residual::new(cfg, width, unit, vb.pp(at))?)));
                 at += 1;
             }
         }
@@ -171,7 +171,7 @@ enum Layer {
     Elu,
     Conv(Conv),
     Up(Up),
-    Residual(Residual),
+    Residual(Box<Residual>),
 }
 
 impl Layer {
