@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{bundle_in, metric, same_bytes, tiny_bundle};
+use dragon_nn::LoraConfig;
 use dragon_rewards::Split as RewardSplit;
 use dragon_trainer::finetune::{DemonstrationsConfig, FinetuneConfig, run};
 use dragon_trainer::losses::LossConfig;
@@ -103,6 +104,25 @@ fn only_the_named_variables_change() {
         let flat = |t: &candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let changed = flat(tensor) != flat(&after[name]);
         assert_eq!(changed, name.contains("text_"), "{name}");
+    }
+}
+
+#[test]
+fn our_own_model_takes_adapters_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cfg = tiny_bundle(&bundle_in(&dir));
+    // The feed-forward is one operation without adapters, and another with them.
+    let targets = vec!["query".into(), "ffn_in".into()];
+    cfg.update.lora = Some(LoraConfig { rank: 2, alpha: 2.0, targets });
+    let out = dir.path().join("run");
+    run(&cfg, &RunContext::new(&out)).unwrap();
+    let tensors = candle_core::safetensors::load(
+        out.join("model/adapter_model.safetensors"),
+        &candle_core::Device::Cpu,
+    );
+    for (name, tensor) in tensors.unwrap().iter().filter(|(name, _)| name.contains("lora_B")) {
+        let size = tensor.abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(size > 0.0, "{name} learned nothing");
     }
 }
 
