@@ -106,7 +106,7 @@ def run(binary, folder, pipeline, ours, failed):
 
         policy, reference, value, seconds = faster_of_two(step, tuned)
         grads = {strip(name): p.grad for name, p in tuned.named_parameters() if p.grad is not None}
-        norms = torch.tensor([grads[name].norm() for name in sorted(grads)])
+        norms = torch.stack([grads[name].double().norm() for name in sorted(grads)])
         arguments = folder, folder / "adapters", kind, beta, folder / "given.safetensors"
         got, facts = ours(binary, folder / "out", *arguments)
         compare(f"LoRA, {kind.upper()}", got, value, policy, reference, grads, norms, facts, seconds)
@@ -130,7 +130,7 @@ def run(binary, folder, pipeline, ours, failed):
 
         policy, value, seconds = faster_of_two(step, network)
         grads = {name: p.grad for name, p in network.named_parameters()}
-        norms = torch.tensor([grads[name].norm() for name in sorted(grads)])
+        norms = torch.stack([grads[name].double().norm() for name in sorted(grads)])
         # Both sides' gradients and weights together would not fit everywhere.
         last = f"transformer_blocks.{len(network.transformer_blocks) - 1}."
         kept = ("transformer_blocks.0.", last)

@@ -88,6 +88,7 @@ pub(crate) fn encoder_files(encoder: &EncoderConfig, bundle: &Path) -> Result<Ve
         EncoderConfig::Codec { path } | EncoderConfig::Vggish { weights: path } => {
             codec::files(path).map_err(Error::input("cannot find the encoder's files"))?
         }
+        EncoderConfig::Vae if stable_audio::is_published(bundle) => stable_audio::files(bundle)?,
         EncoderConfig::Vae => inside(&bundle.join("vae"), &MODEL),
     })
 }
