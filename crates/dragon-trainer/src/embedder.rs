@@ -488,7 +488,7 @@ mod tests {
         let cfg = config();
         cfg.check(&[vendi("ears", "ma"), vendi("vae", "frames"), vendi("encodec", "whole")]).unwrap();
         for (reward, part) in [
-            (vendi("musicnn", "ma"), "one of `encodec`, `ears`, `vae`, found musicnn"),
+            (vendi("musicnn", "ma"), "one of `ears`, `encodec`, `vae`, found musicnn"),
             (vendi("ears", "fadtk"), "one of `frames`, `ma`, `whole`, found fadtk"),
             (vendi("ears", "frames"), "a setting of kind `ma` or `fadtk`"),
             (vendi("vae", "ma"), "a setting of kind `vae`"),

@@ -67,7 +67,9 @@ impl<T: Real> State<T> {
         // SAFETY: the tasks cover the units of every clip.
         self.h = unsafe {
             filled(batch * size, |h| {
-                for_each(size.div_ceil(UNITS), batch * size * size * 4, |i| task(i, h));
+                // Threads that meet after each frame wait for one another, on a busy machine for whole time slices:
+                // only long frames are split.
+                for_each(size.div_ceil(UNITS), batch * size * size * 4 / 64, |i| task(i, h));
             })
         };
     }
