@@ -12,7 +12,7 @@
 //!
 //! Differences from fadtk: it rounds songs to 16 bits and resamples them by another filter before, rounds embeddings to 16
 //! bits after (the convention `fadtk-1.1` of the metrics does that), and reads the first three minutes of a song with EnCodec.
-//! Its loudness has other filters (see `docs/models.md`). fadtk has no encoder of Stable Audio's.
+//! fadtk has no encoder of Stable Audio's.
 //!
 //! Memory is bounded whatever the length of a song: EnCodec's mono models and Stable Audio's work on pieces with what their
 //! frames depend on, so that the numbers are those of the whole.
@@ -20,7 +20,6 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use dragon_audio::lufs;
 use dragon_nn::{Checkpoint, Loader};
 use dragon_vae::dac::Dac;
 use dragon_vae::encodec::Encodec;
@@ -30,6 +29,7 @@ use serde_json::Value;
 
 use crate::encoder::{AudioEncoder, Embeddings};
 use crate::error::{Error, Result};
+use crate::loudness::loudness;
 use crate::settings::{self, Setting, latent_rows};
 
 /// Segments of EnCodec's 48 kHz model that are encoded at a time.
@@ -38,8 +38,6 @@ const SEGMENTS: usize = 4;
 const CHUNK: usize = 64;
 /// Loudness to which fadtk brings songs for DAC, LUFS.
 const DAC_LUFS: f64 = -16.0;
-/// The least loudness that is told apart, LUFS.
-const LEAST_LUFS: f64 = -70.0;
 /// Windows of DAC, seconds; they overlap by half.
 const DAC_WINDOW_S: f64 = 5.0;
 
@@ -266,11 +264,7 @@ fn dac_windows(samples: &[f32], sample_rate_hz: u32) -> impl Iterator<Item = Vec
     // A multiple of four, so that half of it is a whole number.
     let window = (DAC_WINDOW_S * rate / 4.0) as usize * 4;
     let hop = window / 2;
-    // Blocks of loudness are 0.4 s; shorter songs are measured with silence after them.
-    let mut measured = samples.to_vec();
-    measured.resize(samples.len().max((0.5 * rate) as usize), 0.0);
-    let loudness = lufs(&[&measured], sample_rate_hz).max(LEAST_LUFS);
-    let gain = 10f64.powf((DAC_LUFS - loudness) / 20.0) as f32;
+    let gain = 10f64.powf((DAC_LUFS - loudness(samples, sample_rate_hz)) / 20.0) as f32;
     let peak = samples.iter().fold(0.0f32, |peak, x| peak.max((x * gain).abs()));
     let gain = if peak > 1.0 { gain / peak } else { gain };
     let whole = samples.len().div_ceil(window) * window;
@@ -402,7 +396,7 @@ mod tests {
         assert!(windows[0][..20_000].iter().all(|&x| x == 0.0) && near(windows[0][20_000], song[0]));
         assert!(windows[3][16_000..].iter().all(|&x| x == 0.0) && near(windows[3][15_999], song[55_999]));
         let loud: Vec<f32> = song.iter().map(|x| x * gain).collect();
-        assert!((lufs(&[&loud], rate) + 16.0).abs() < 1e-3);
+        assert!((loudness(&loud, rate) + 16.0).abs() < 1e-3);
         // A click is louder than its loudness says: its peak is brought to 1.
         let mut click = vec![0.0; 56_000];
         click[24_000] = 0.5;

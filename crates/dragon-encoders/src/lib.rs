@@ -15,6 +15,7 @@ pub mod encoder;
 pub mod error;
 pub mod htsat;
 mod layers;
+mod loudness;
 pub mod musicnn;
 pub mod roberta;
 mod rows;

@@ -380,7 +380,7 @@ impl Lstm {
 
 impl Module for Lstm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.layers.iter().try_fold(x.clone(), |h, weights| crate::lstm(&h, weights))
+        crate::lstm(x, &self.layers)
     }
 }
 

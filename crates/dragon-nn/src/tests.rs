@@ -377,21 +377,25 @@ fn large_attention_does_not_depend_on_threads_and_equals_the_plain_one() {
 fn operations_of_frozen_codecs_equal_the_plain_ones_on_any_number_of_threads() {
     for (b, t, c, h) in [(1, 1, 1, 1), (2, 5, 3, 20), (3, 300, 7, 33)] {
         let x = noise("x", &[b, t, c]);
-        let lstm = |t: &[Tensor], f: &dyn Fn(&Tensor, &LstmWeights) -> Result<Tensor>| {
-            let [input, hidden, bias] = [1, 2, 3].map(|i| (&t[i] * 0.5).unwrap());
-            f(&t[0], &LstmWeights { input, hidden, bias })
+        let layer = |key: &str, c: usize| {
+            let get = |name: &str, shape: &[usize]| (noise(&format!("{key}.{name}"), shape) * 0.5).unwrap();
+            LstmWeights {
+                input: get("i", &[4 * h, c]),
+                hidden: get("h", &[4 * h, h]),
+                bias: get("b", &[4 * h]),
+            }
         };
-        let all =
-            [x.clone(), noise("input", &[4 * h, c]), noise("hidden", &[4 * h, h]), noise("bias", &[4 * h])];
-        let want = lstm(&all, &lstm::plain::lstm).unwrap();
-        assert_close(&lstm(&all, &crate::lstm).unwrap(), &want, Tol { atol: 2e-6, rtol: 1e-5 });
-        same_forward_on_any_number_of_threads(|| lstm(&all, &crate::lstm));
-        // A clip does not depend on the others, and the past not on what comes.
-        let [part, got] = [x.narrow(0, b - 1, 1).unwrap(), lstm(&all, &crate::lstm).unwrap()];
-        let mut alone = all.clone();
-        alone[0] = part.narrow(1, 0, t.div_ceil(2)).unwrap();
-        let got = got.narrow(0, b - 1, 1).unwrap().narrow(1, 0, t.div_ceil(2)).unwrap();
-        assert_close(&lstm(&alone, &crate::lstm).unwrap(), &got, Tol::EXACT);
+        let layers = [layer("first", c), layer("second", h), layer("third", h)];
+        for n in 1..=3 {
+            let got = lstm(&x, &layers[..n]).unwrap();
+            let want = layers[..n].iter().try_fold(x.clone(), |x, layer| lstm::plain::layer(&x, layer));
+            assert_close(&got, &want.unwrap(), Tol { atol: 5e-6, rtol: 1e-5 });
+            same_forward_on_any_number_of_threads(|| lstm(&x, &layers[..n]));
+            // A clip does not depend on the others, and the past not on what comes.
+            let part = |x: &Tensor| x.narrow(0, b - 1, 1).unwrap().narrow(1, 0, t.div_ceil(2)).unwrap();
+            assert_close(&lstm(&part(&x), &layers[..n]).unwrap(), &part(&got), Tol::EXACT);
+        }
+        assert!(lstm(&x, &[]).is_err());
     }
     for (b, t, c) in [(2, 3, 5), (1, 1, 1), (2, 3000, 33)] {
         // A mean far from zero, which a sum of squares would not survive.

@@ -1,75 +1,93 @@
 //! [`super::lstm`] on the CPU, forward only.
 
 use super::LstmWeights;
-use crate::kernels::{Real, Shared, by_dtype, filled, for_each, shared, tensor, view};
+use crate::kernels::{Real, by_dtype, tensor, view};
 use candle_core::{Result, Tensor};
+use rayon::prelude::*;
 
-/// Frames whose products with the input weights are made at a time: bounds memory, whatever the length.
-const FRAMES: usize = 256;
-/// Hidden units of one task: their rows of four gates and 512 numbers are 256 KiB of f32.
-const UNITS: usize = 32;
+/// Frames of a block. Layers work side by side, each a block behind the one before, and meet after each block: after each
+/// frame would cost whole time slices on a busy machine. Longer blocks leave a layer idle at both ends of a short clip.
+const FRAMES: usize = 32;
 
-pub(crate) fn lstm(x: &Tensor, weights: &LstmWeights) -> Result<Tensor> {
-    let hidden = weights.hidden.contiguous()?;
+pub(crate) fn lstm(x: &Tensor, weights: &[LstmWeights]) -> Result<Tensor> {
     let (batch, frames, _) = x.dims3()?;
-    let size = hidden.dim(1)?;
     by_dtype!(x.dtype(), T => {
-        let hidden = view::<T>(&hidden)?;
-        let mut state = State { c: vec![T::ZERO; batch * size], h: vec![T::ZERO; batch * size], size };
-        let mut out = vec![T::ZERO; batch * frames * size];
-        for start in (0..frames).step_by(FRAMES) {
-            let n = FRAMES.min(frames - start);
-            let x = x.narrow(1, start, n)?.contiguous()?; // [B, n, C]
-            let gates = crate::linear(&x, &weights.input, Some(&weights.bias))?; // [B, n, 4 H]
-            let gates = view::<T>(&gates)?;
-            for frame in 0..n {
-                state.step(&hidden, |b| &gates[(b * n + frame) * 4 * size..][..4 * size]);
-                for (b, h) in state.h.chunks_exact(size).enumerate() {
-                    out[(b * frames + start + frame) * size..][..size].copy_from_slice(h);
+        let layers = weights.iter().map(|weights| Layer::<T>::new(weights, batch));
+        let mut layers = layers.collect::<Result<Vec<_>>>()?;
+        let n_blocks = frames.div_ceil(FRAMES);
+        // What each layer gave last.
+        let mut given: Vec<Option<Tensor>> = vec![None; layers.len()];
+        let mut out = Vec::with_capacity(n_blocks);
+        for wave in 0..n_blocks + layers.len() - 1 {
+            let work = |(i, layer): (usize, &mut Layer<T>)| -> Result<Option<Tensor>> {
+                let block = wave.checked_sub(i).filter(|&block| block < n_blocks);
+                let Some(start) = block.map(|block| block * FRAMES) else { return Ok(None) };
+                match i.checked_sub(1) {
+                    None => layer.block(&x.narrow(1, start, FRAMES.min(frames - start))?).map(Some),
+                    Some(before) => given[before].as_ref().map(|x| layer.block(x)).transpose(),
                 }
-            }
+            };
+            given = layers.par_iter_mut().enumerate().map(work).collect::<Result<_>>()?;
+            out.extend(given.last().cloned().flatten());
         }
-        tensor(out, (batch, frames, size))
+        Tensor::cat(&out, 1) // [B, T, H]
     })
 }
 
-/// Cell and hidden state, `[B, H]` each.
-struct State<T> {
+/// A layer and its state.
+struct Layer<'a, T> {
+    weights: &'a LstmWeights,
+    hidden: Tensor,
+    /// Cell and hidden state, `[B, H]` each.
     c: Vec<T>,
     h: Vec<T>,
     size: usize,
 }
 
-impl<T: Real> State<T> {
+impl<'a, T: Real> Layer<'a, T> {
+    fn new(weights: &'a LstmWeights, batch: usize) -> Result<Self> {
+        let hidden = weights.hidden.contiguous()?;
+        let size = hidden.dim(1)?;
+        let zeros = vec![T::ZERO; batch * size];
+        Ok(Self { weights, hidden, c: zeros.clone(), h: zeros, size })
+    }
+
+    /// The next frames, `[B, n, C]` to `[B, n, H]`.
+    fn block(&mut self, x: &Tensor) -> Result<Tensor> {
+        let (batch, n, _) = x.dims3()?;
+        let gates = crate::linear(&x.contiguous()?, &self.weights.input, Some(&self.weights.bias))?; // [B, n, 4 H]
+        let gates = view::<T>(&gates)?;
+        let hidden = self.hidden.clone();
+        let hidden = view::<T>(&hidden)?;
+        let size = self.size;
+        let mut out = vec![T::ZERO; batch * n * size];
+        for frame in 0..n {
+            self.step(&hidden, |b| &gates[(b * n + frame) * 4 * size..][..4 * size]);
+            for (b, h) in self.h.chunks_exact(size).enumerate() {
+                out[(b * n + frame) * size..][..size].copy_from_slice(h);
+            }
+        }
+        tensor(out, (batch, n, size))
+    }
+
     /// One frame; `gates(b)` is what the input gives to the gates of clip `b`.
-    fn step<'a>(&mut self, hidden: &[T], gates: impl Fn(usize) -> &'a [T] + Sync + Send)
+    fn step<'b>(&mut self, hidden: &[T], gates: impl Fn(usize) -> &'b [T])
     where
-        T: 'a,
+        T: 'b,
     {
         let size = self.size;
-        let batch = self.c.len() / size;
-        let c = shared(&mut self.c);
-        let before = &self.h;
-        let task = |task: usize, h: Shared<T>| {
-            for j in task * UNITS..((task + 1) * UNITS).min(size) {
-                let rows: [&[T]; 4] = std::array::from_fn(|gate| &hidden[(gate * size + j) * size..][..size]);
-                for b in 0..batch {
-                    let given = gates(b);
-                    let sums = dots(rows, &before[b * size..][..size]);
-                    let gate = |i: usize| sums[i] + given[i * size + j];
-                    // SAFETY: each task has units of its own.
-                    let (c, h) = unsafe { (&mut c.range(b * size + j, 1)[0], h.range(b * size + j, 1)) };
-                    *c = gate(1).sigmoid() * *c + gate(0).sigmoid() * tanh(gate(2));
-                    h[0] = gate(3).sigmoid() * tanh(*c);
-                }
+        let mut after = vec![T::ZERO; self.h.len()];
+        for j in 0..size {
+            let rows: [&[T]; 4] = std::array::from_fn(|gate| &hidden[(gate * size + j) * size..][..size]);
+            for (b, h) in self.h.chunks_exact(size).enumerate() {
+                let (given, sums) = (gates(b), dots(rows, h));
+                let gate = |i: usize| sums[i] + given[i * size + j];
+                let c = &mut self.c[b * size + j];
+                *c = gate(1).sigmoid() * *c + gate(0).sigmoid() * tanh(gate(2));
+                after[b * size + j] = gate(3).sigmoid() * tanh(*c);
             }
-        };
-        // SAFETY: the tasks cover the units of every clip.
-        self.h = unsafe {
-            filled(batch * size, |h| {
-                for_each(size.div_ceil(UNITS), batch * size * size * 4, |i| task(i, h));
-            })
-        };
+        }
+        self.h = after;
     }
 }
 

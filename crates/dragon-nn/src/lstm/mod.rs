@@ -1,4 +1,4 @@
-//! A layer of long short-term memory (Hochreiter and Schmidhuber 1997), as `torch.nn.LSTM` computes it.
+//! Layers of long short-term memory (Hochreiter and Schmidhuber 1997), as `torch.nn.LSTM` computes them.
 
 mod cpu;
 pub(crate) mod plain;
@@ -16,31 +16,40 @@ pub struct LstmWeights {
     pub bias: Tensor,
 }
 
-/// `i, f, g, o = σ, σ, tanh, σ of (input x_t + hidden h + bias)`, `c = f c + i g`, `h = o tanh(c)`, from states of zeros.
+/// Layers one after the other, each `i, f, g, o = σ, σ, tanh, σ of (input x_t + hidden h + bias)`, `c = f c + i g`,
+/// `h = o tanh(c)`, from states of zeros.
 ///
 /// # Shapes
-/// - `x`: `[B, T, C]`; returns `h` of every frame, `[B, T, H]`.
+/// - `x`: `[B, T, C]`; returns `h` of every frame of the last layer, `[B, T, H]`.
 ///
 /// # Errors
-/// If the shapes do not fit.
-pub fn lstm(x: &Tensor, weights: &LstmWeights) -> Result<Tensor> {
-    let LstmWeights { input, hidden, bias } = weights;
-    let (_, frames, c) = x.dims3()?;
-    let (gates, h) = hidden.dims2()?;
-    if gates != 4 * h || input.dims() != [gates, c] || bias.dims() != [gates] || frames == 0 {
+/// If there is no layer or no frame, or the shapes do not fit.
+pub fn lstm(x: &Tensor, layers: &[LstmWeights]) -> Result<Tensor> {
+    let (_, frames, mut width) = x.dims3()?;
+    if frames == 0 || layers.is_empty() {
         candle_core::bail!(
-            "lstm: weights {:?}, {:?} and {:?} do not fit x {:?}",
-            input.dims(),
-            hidden.dims(),
-            bias.dims(),
-            x.dims()
+            "lstm: expected at least one frame and one layer, got {frames} and {}",
+            layers.len()
         )
     }
-    let all = [x, input, hidden, bias];
-    // The fast form has no gradient: the codecs that have such a layer are frozen.
+    let mut all = vec![x];
+    for LstmWeights { input, hidden, bias } in layers {
+        let (gates, h) = hidden.dims2()?;
+        if gates != 4 * h || input.dims() != [gates, width] || bias.dims() != [gates] {
+            candle_core::bail!(
+                "lstm: weights {:?}, {:?} and {:?} do not fit an input of width {width}",
+                input.dims(),
+                hidden.dims(),
+                bias.dims()
+            )
+        }
+        all.extend([input, hidden, bias]);
+        width = h;
+    }
+    // The fast form has no gradient: the codecs that have such layers are frozen.
     if crate::kernels::fast(&all) && !all.iter().any(|t| t.track_op()) {
-        cpu::lstm(x, weights)
+        cpu::lstm(x, layers)
     } else {
-        plain::lstm(x, weights)
+        layers.iter().try_fold(x.clone(), |h, weights| plain::layer(&h, weights))
     }
 }

@@ -1,9 +1,9 @@
-//! [`super::lstm`] as candle operations.
+//! A layer of [`super::lstm`] as candle operations.
 
 use super::LstmWeights;
 use candle_core::{Result, Tensor};
 
-pub(crate) fn lstm(x: &Tensor, weights: &LstmWeights) -> Result<Tensor> {
+pub(crate) fn layer(x: &Tensor, weights: &LstmWeights) -> Result<Tensor> {
     let (batch, frames, _) = x.dims3()?;
     let size = weights.hidden.dim(1)?;
     let mut c = Tensor::zeros((batch, size), x.dtype(), x.device())?;
