@@ -435,3 +435,45 @@ fn embeddings_are_kept_in_the_user_s_cache_and_nowhere_else() {
     }
     assert_eq!(run(""), uncached);
 }
+
+#[test]
+fn a_model_answers_prompts_and_is_scored_like_its_songs() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let prompt = |i: usize| format!("{{\"id\":\"p{i}\",\"caption\":\"a harp, {i}\",\"split\":\"test\"}}\n");
+    std::fs::write(dir.join("prompts.jsonl"), (0..4).map(prompt).collect::<String>()).unwrap();
+    let measured = "--encoder clap --setting ma --prompts prompts.jsonl --set subsets=20 --no-cache";
+    let reference = "--reference builtin:tiny/stats/clap-recordings.npz";
+    let command = format!("score builtin:tiny {reference} {measured} --songs 2 --out out");
+    accepted(dir, &command);
+    let report = json(&dir.join("out/report.json"));
+    let songs = dir.join("out/songs/tiny");
+    assert_eq!(files(&songs).len(), 2, "p0 and p2");
+    // The song is that of `generate`, and the numbers those of a folder.
+    std::fs::write(dir.join("captions.txt"), "a harp, 2\n").unwrap();
+    accepted(dir, "generate --prompts captions.txt --out one");
+    let read = |path: &Path| std::fs::read(path).unwrap();
+    assert_eq!(read(&dir.join("one/000-a-harp-2.wav")), read(&songs.join("p2.wav")));
+    let system = songs.display().to_string();
+    accepted(dir, &format!("score {system} {reference} {measured} --out folder"));
+    for metric in ["FAD", "per-song FAD", "CLAP score"] {
+        let folder = json(&dir.join("folder/report.json"));
+        close(value(&report, metric, "out/songs/tiny"), value(&folder, metric, &system));
+    }
+    // Songs that are missing are made again.
+    let before = read(&songs.join("p2.wav"));
+    std::fs::remove_file(songs.join("p2.wav")).unwrap();
+    accepted(dir, &command);
+    assert_eq!(read(&songs.join("p2.wav")), before);
+    assert_eq!(json(&dir.join("out/report.json"))["values"], report["values"]);
+    for (command, part) in [
+        (format!("{command} --seed 1"), "made otherwise"),
+        (command.replace("--songs 2", "--songs 3"), "made otherwise"),
+        (command.replace("--songs 2", "--songs 5"), "has 4 prompts of split `test`, 5 are needed"),
+        (command.replace("--prompts prompts.jsonl", ""), "no prompts for it to answer"),
+        (format!("{command} builtin:tiny"), "two models are called `tiny`"),
+        (command.replace("clap-recordings", "gone").replace("--out out", "--out new"), "gone"),
+    ] {
+        refused(dir, &command, &[part]);
+    }
+}

@@ -16,8 +16,6 @@ use crate::run::{Meter, RunContext};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GenerateConfig {
-    /// Seed. A prompt's noise comes from a hash of the prompt and this, so it is the same in every batch.
-    pub seed: u64,
     /// Model folder.
     pub bundle: PathBuf,
     /// Length of the songs of a published model.
@@ -29,51 +27,76 @@ pub struct GenerateConfig {
     pub sampler: SamplerConfig,
     /// Songs sampled at a time; bounds memory and changes no number.
     pub batch: usize,
-    /// Variants of each prompt, with seeds `seed`, `seed + 1` and so on.
-    pub variants: usize,
-    /// The prompts.
-    pub prompts: Vec<String>,
 }
 
-/// Generates the prompts and writes `OUT/NNN-words-of-the-prompt.wav`, 16-bit; gives the files in order.
+/// A song that a model is to make.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    /// What is to be heard.
+    pub prompt: String,
+    /// Everything random of a song comes from a hash of the prompt and this, so it is the same in every batch.
+    pub seed: u64,
+    /// Name of its file in the output folder.
+    pub file: String,
+}
+
+impl Wanted {
+    /// Songs of each prompt with seeds `seed`, `seed + 1` and so on, as `NNN-words-of-the-prompt.wav`.
+    ///
+    /// # Errors
+    /// If there is no prompt, one is empty, or `variants` is 0.
+    pub fn variants(prompts: &[String], seed: u64, variants: usize) -> Result<Vec<Self>> {
+        if variants == 0 {
+            return Err(Error::config("variants", "at least 1", variants));
+        }
+        prompts_given(prompts)?;
+        let seeds = (0..variants as u64).map(|v| seed.wrapping_add(v));
+        let songs = prompts.iter().flat_map(|prompt| seeds.clone().map(move |seed| (prompt, seed)));
+        let named = songs.enumerate().map(|(i, (prompt, seed))| Self {
+            prompt: prompt.clone(),
+            seed,
+            file: format!("{i:03}-{}.wav", slug(prompt)),
+        });
+        Ok(named.collect())
+    }
+
+    /// What sampling needs to know.
+    pub(crate) fn jobs(songs: &[Self]) -> Vec<(&str, u64)> {
+        songs.iter().map(|song| (song.prompt.as_str(), song.seed)).collect()
+    }
+}
+
+/// Generates the songs and writes them to the output folder, 16-bit; gives the files in order, fewer if the run was stopped.
 ///
 /// # Errors
 /// If a prompt is empty or longer than the model reads, a file is missing or broken, or nothing can be written.
-pub fn run(cfg: &GenerateConfig, ctx: &RunContext) -> Result<Vec<PathBuf>> {
-    for (key, value) in
-        [("batch", cfg.batch), ("variants", cfg.variants), ("sampler.n_steps", cfg.sampler.n_steps)]
-    {
+pub fn run(cfg: &GenerateConfig, songs: &[Wanted], ctx: &RunContext) -> Result<Vec<PathBuf>> {
+    for (key, value) in [("batch", cfg.batch), ("sampler.n_steps", cfg.sampler.n_steps)] {
         if value == 0 {
             return Err(Error::config(key, "at least 1", value));
         }
     }
     cfg.sampler.guidance.check().map_err(Error::input("sampler.guidance"))?;
-    prompts_given(&cfg.prompts)?;
-    bundle::check_prompts(&cfg.bundle, &cfg.prompts)?;
+    bundle::check_prompts(&cfg.bundle, songs.iter().map(|song| &song.prompt))?;
     if let Some(tuned) = &cfg.tuned {
         tuned_dir(tuned)?;
     }
     let bundle = Bundle::load_for(&cfg.bundle, &cfg.length, &ctx.device)?;
     let model = model_of(&bundle, cfg.tuned.as_deref())?;
     std::fs::create_dir_all(&ctx.out_dir).map_err(Error::io("create", &ctx.out_dir))?;
-    let jobs: Vec<(&str, u64)> = cfg
-        .prompts
-        .iter()
-        .flat_map(|prompt| (0..cfg.variants as u64).map(move |v| (prompt.as_str(), cfg.seed.wrapping_add(v))))
-        .collect();
     let texts = TextCache::default();
     let sampling = Sampling { bundle: &bundle, texts: &texts, sampler: &cfg.sampler, batch: cfg.batch };
-    let mut meter = Meter::new(ctx.progress, jobs.len(), 0, 1.0, "songs");
-    let mut files = Vec::with_capacity(jobs.len());
-    for part in jobs.chunks(cfg.batch) {
-        let Some(latents) = sampling.latents(model.as_ref(), part, ctx)? else {
+    let mut meter = Meter::new(ctx.progress, songs.len(), 0, 1.0, "songs");
+    let mut files = Vec::with_capacity(songs.len());
+    for part in songs.chunks(cfg.batch) {
+        let Some(latents) = sampling.latents(model.as_ref(), &Wanted::jobs(part), ctx)? else {
             break; // stopped: what is written so far is whole
         };
-        for (audio, (prompt, _)) in bundle.decode_audio(&latents)?.into_iter().zip(part) {
+        for (audio, song) in bundle.decode_audio(&latents)?.into_iter().zip(part) {
             if let Some(bad) = audio.channels.iter().flatten().find(|x| !x.is_finite()) {
-                return Err(Error::BrokenSong { value: f64::from(*bad), prompt: (*prompt).to_owned() });
+                return Err(Error::BrokenSong { value: f64::from(*bad), prompt: song.prompt.clone() });
             }
-            let path = ctx.out_dir.join(format!("{:03}-{}.wav", files.len(), slug(prompt)));
+            let path = ctx.out_dir.join(&song.file);
             dragon_audio::write_wav(&path, &audio, SampleFormat::Int16)
                 .map_err(Error::input("cannot write audio"))?;
             files.push(path);
@@ -99,7 +122,7 @@ pub fn model_of(bundle: &Bundle, tuned: Option<&Path>) -> Result<Box<dyn Diffusi
 ///
 /// # Errors
 /// If not.
-pub(crate) fn prompts_given(prompts: &[String]) -> Result<()> {
+fn prompts_given(prompts: &[String]) -> Result<()> {
     if let Some(i) = prompts.iter().position(|prompt| prompt.trim().is_empty()) {
         return Err(Error::Data {
             problem: format!("prompt {} is empty", i + 1),

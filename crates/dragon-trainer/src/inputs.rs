@@ -13,7 +13,7 @@ use crate::embed;
 use crate::embedder::{EmbedConfig, EncoderConfig, no_clap};
 use crate::error::{Error, Result};
 use crate::run::hex;
-use crate::stable_audio;
+use crate::{musicgen, stable_audio};
 
 /// Files of a model's folder, weights first: what is missing is best said by them.
 const MODEL: [&str; 2] = ["model.safetensors", "config.json"];
@@ -41,6 +41,9 @@ impl Inputs {
     pub fn add_bundle(&mut self, dir: &Path) -> Result<()> {
         if stable_audio::is_published(dir) {
             return self.add("bundle", &stable_audio::files(dir)?);
+        }
+        if musicgen::is_published(dir) {
+            return self.add("bundle", &musicgen::files(dir)?);
         }
         self.add("bundle: dit", &inside(&dir.join("dit"), &MODEL))?;
         self.add("bundle: vae", &inside(&dir.join("vae"), &MODEL))?;

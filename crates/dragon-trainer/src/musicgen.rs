@@ -21,15 +21,13 @@ use serde_json::Value;
 
 use crate::bundle::read_json;
 use crate::error::{Error, Result};
-use crate::generate::{prompts_given, slug};
+use crate::generate::Wanted;
 use crate::run::{Meter, RunContext};
 
 /// Everything a generation by MusicGen depends on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// Seed. A prompt's codes are drawn from a hash of the prompt and this, so they are the same in every batch.
-    pub seed: u64,
     /// The published folder.
     pub model: PathBuf,
     /// Length of the pieces, in seconds.
@@ -42,10 +40,6 @@ pub struct Config {
     pub temperature: f64,
     /// Pieces written at a time; bounds memory and changes no number.
     pub batch: usize,
-    /// Variants of each prompt, with seeds `seed`, `seed + 1` and so on.
-    pub variants: usize,
-    /// The prompts.
-    pub prompts: Vec<String>,
 }
 
 /// Tokens at which prompts are cut: what T5 was trained on.
@@ -58,6 +52,21 @@ pub fn is_published(dir: &Path) -> bool {
     let config = std::fs::read(dir.join("config.json")).unwrap_or_default();
     let json: Option<Value> = serde_json::from_slice(&config).ok();
     json.is_some_and(|json| published::is_musicgen(&json)) || is_audiocraft(dir)
+}
+
+/// The files of a published folder.
+///
+/// # Errors
+/// If the folder cannot be read.
+pub fn files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = vec![dir.join("config.json"), dir.join("tokenizer.json")];
+    let entries = std::fs::read_dir(dir).map_err(Error::io("read", dir))?;
+    let weights = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| {
+        path.extension().is_some_and(|ending| ending == "safetensors" || ending == "bin") && path.is_file()
+    });
+    files.extend(weights);
+    files.sort();
+    Ok(files)
 }
 
 /// Whether a folder holds a MusicGen as audiocraft keeps it, whose text encoder and codec lie elsewhere.
@@ -195,9 +204,7 @@ impl Config {
     }
 
     fn check(&self) -> Result<()> {
-        for (key, value) in
-            [("batch", self.batch), ("variants", self.variants), ("sampler.top_k", self.top_k)]
-        {
+        for (key, value) in [("batch", self.batch), ("sampler.top_k", self.top_k)] {
             if value == 0 {
                 return Err(Error::config(key, "at least 1", value));
             }
@@ -212,7 +219,7 @@ impl Config {
         if !(self.temperature.is_finite() && self.temperature > 0.0) {
             return Err(Error::config("sampler.temperature", "a number above 0", self.temperature));
         }
-        prompts_given(&self.prompts)
+        Ok(())
     }
 
     /// Frames of a piece.
@@ -237,25 +244,19 @@ impl Config {
     }
 }
 
-/// Generates the prompts and writes `OUT/NNN-words-of-the-prompt.wav`, 16-bit; gives the files in order.
+/// Generates the songs and writes them to the output folder, 16-bit; gives the files in order, fewer if the run was stopped.
 ///
 /// # Errors
 /// If a setting or prompt is impossible, a file is missing or broken, or nothing can be written.
-pub fn run(cfg: &Config, ctx: &RunContext) -> Result<Vec<PathBuf>> {
+pub fn run(cfg: &Config, songs: &[Wanted], ctx: &RunContext) -> Result<Vec<PathBuf>> {
     cfg.check()?;
     let n_frames = cfg.n_frames(&Described::read(&cfg.model)?)?;
     let pipeline = Pipeline::load(&cfg.model, &ctx.device)?;
     std::fs::create_dir_all(&ctx.out_dir).map_err(Error::io("create", &ctx.out_dir))?;
-    let variants = 0..cfg.variants as u64;
-    let jobs: Vec<(&str, u64)> = cfg
-        .prompts
-        .iter()
-        .flat_map(|prompt| variants.clone().map(move |v| (prompt.as_str(), cfg.seed.wrapping_add(v))))
-        .collect();
     let n_steps = pipeline.model.config().delay(n_frames).n_steps();
-    let mut meter = Meter::new(ctx.progress, jobs.len() * n_steps, 0, 1.0, "frames");
-    let mut files = Vec::with_capacity(jobs.len());
-    for part in jobs.chunks(cfg.batch) {
+    let mut meter = Meter::new(ctx.progress, songs.len() * n_steps, 0, 1.0, "frames");
+    let mut files = Vec::with_capacity(songs.len());
+    for part in songs.chunks(cfg.batch) {
         let before = files.len() * n_steps;
         let mut on_step = |step: usize| {
             if step > 0 {
@@ -263,11 +264,11 @@ pub fn run(cfg: &Config, ctx: &RunContext) -> Result<Vec<PathBuf>> {
             }
             if ctx.stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
-        let Some(pieces) = pipeline.pieces(part, n_frames, cfg, &mut on_step)? else {
+        let Some(pieces) = pipeline.pieces(&Wanted::jobs(part), n_frames, cfg, &mut on_step)? else {
             break; // stopped: what is written so far is whole
         };
-        for (audio, (prompt, _)) in pieces.into_iter().zip(part) {
-            let path = ctx.out_dir.join(format!("{:03}-{}.wav", files.len(), slug(prompt)));
+        for (audio, song) in pieces.into_iter().zip(part) {
+            let path = ctx.out_dir.join(&song.file);
             dragon_audio::write_wav(&path, &audio, SampleFormat::Int16)
                 .map_err(Error::input("cannot write audio"))?;
             files.push(path);

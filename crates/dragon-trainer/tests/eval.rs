@@ -7,7 +7,7 @@ use dragon_audio::{Clip, SampleFormat};
 use dragon_trainer::bundle::Split;
 use dragon_trainer::eval::{self, BootstrapConfig, EvalConfig, FoldersConfig, MetricConfig};
 use dragon_trainer::finetune::{self, FinetuneConfig};
-use dragon_trainer::generate::{self, GenerateConfig};
+use dragon_trainer::generate::{self, GenerateConfig, Wanted};
 use dragon_trainer::{RunContext, bundle};
 
 fn metrics(cfg: &FinetuneConfig) -> Vec<MetricConfig> {
@@ -96,31 +96,30 @@ fn a_generation_does_not_depend_on_its_batch() {
     let cfg = tiny_bundle(&bundle_in(&dir));
     let mut generate_cfg = GenerateConfig {
         length: Default::default(),
-        seed: 1,
         bundle: cfg.bundle.clone(),
         tuned: None,
         sampler: cfg.rollout.sampler,
         batch: 8,
-        variants: 2,
-        prompts: vec!["a slow waltz".into(), "a fast reel".into(), "a slow waltz".into()],
     };
-    let files = generate::run(&generate_cfg, &RunContext::new(dir.path().join("many"))).unwrap();
+    let wanted =
+        |prompts: &[&str]| Wanted::variants(&prompts.iter().map(|p| p.to_string()).collect::<Vec<_>>(), 1, 2);
+    let in_dir = |name: &str| RunContext::new(dir.path().join(name));
+    let songs = wanted(&["a slow waltz", "a fast reel", "a slow waltz"]).unwrap();
+    let files = generate::run(&generate_cfg, &songs, &in_dir("many")).unwrap();
     let bytes: Vec<Vec<u8>> = files.iter().map(|f| std::fs::read(f).unwrap()).collect();
     assert_eq!(files.len(), 6);
     assert!(bytes[0] == bytes[4] && bytes[0] != bytes[1] && bytes[0] != bytes[2]);
     generate_cfg.batch = 1;
-    generate_cfg.prompts.truncate(2);
-    generate_cfg.prompts.swap(0, 1);
-    let alone = generate::run(&generate_cfg, &RunContext::new(dir.path().join("alone"))).unwrap();
+    let songs = wanted(&["a fast reel", "a slow waltz"]).unwrap();
+    let alone = generate::run(&generate_cfg, &songs, &in_dir("alone")).unwrap();
     assert!(std::fs::read(&alone[2]).unwrap() == bytes[0]);
 
-    generate_cfg.prompts[0] = "  ".into();
-    let err = generate::run(&generate_cfg, &RunContext::new(dir.path().join("empty"))).unwrap_err();
+    let err = wanted(&["  ", "a slow waltz"]).unwrap_err();
     assert_eq!(err.exit_code(), 1);
     assert!(err.to_string().contains("prompt 1 is empty"), "{err}");
-    generate_cfg.prompts[0] = "a slow waltz".into();
+    assert!(wanted(&[]).unwrap_err().to_string().contains("no prompt"));
     generate_cfg.tuned = Some(dir.path().join("nothing"));
-    let err = generate::run(&generate_cfg, &RunContext::new(dir.path().join("none"))).unwrap_err();
+    let err = generate::run(&generate_cfg, &songs, &in_dir("none")).unwrap_err();
     assert!(err.to_string().contains("holds no diffusion model"), "{err}");
 }
 

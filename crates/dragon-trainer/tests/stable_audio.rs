@@ -8,9 +8,9 @@ use dragon_encoders::t5::{self, T5Encoder};
 use dragon_nn::{LoraConfig, Params, write_safetensors};
 use dragon_trainer::bundle::Length;
 use dragon_trainer::finetune::{self, FinetuneConfig};
-use dragon_trainer::generate::{GenerateConfig, run};
+use dragon_trainer::generate::{self, GenerateConfig, Wanted};
 use dragon_trainer::stable_audio::is_published;
-use dragon_trainer::{RunContext, eval};
+use dragon_trainer::{Result, RunContext, eval};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -143,15 +143,17 @@ fn write_stable_audio_tools(dir: &Path) {
 
 fn config(model: &Path) -> GenerateConfig {
     GenerateConfig {
-        seed: 3,
         bundle: model.to_owned(),
         length: Length { seconds: Some(0.02), n_frames: None },
         tuned: None,
         sampler: SAMPLER,
         batch: 2,
-        variants: 1,
-        prompts: ["a slow harp melody", "a jig on a violin", "drums"].map(str::to_owned).into(),
     }
+}
+
+fn run(cfg: &GenerateConfig, ctx: &RunContext) -> Result<Vec<PathBuf>> {
+    let prompts = ["a slow harp melody", "a jig on a violin", "drums"].map(str::to_owned);
+    generate::run(cfg, &Wanted::variants(&prompts, 3, 1)?, ctx)
 }
 
 #[test]
@@ -192,8 +194,6 @@ fn what_cannot_work_is_said() {
     let said =
         message(GenerateConfig { length: Length { seconds: Some(0.025), n_frames: None }, ..config(&model) });
     assert!(said.contains("seconds") && said.contains("0.024"), "{said}");
-    let said = message(GenerateConfig { prompts: vec![], ..config(&model) });
-    assert!(said.contains("no prompt"), "{said}");
     std::fs::rename(model.join("t5-base"), model.join("t5")).unwrap();
     let said = message(config(&model));
     assert!(said.contains("t5-base") && said.contains("hint"), "{said}");

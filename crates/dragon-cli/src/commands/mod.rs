@@ -8,6 +8,8 @@ mod eval;
 mod fetch;
 mod finetune;
 mod generate;
+mod generator;
+mod models;
 mod pack;
 mod pretrain;
 mod reproduce;

@@ -8,6 +8,7 @@ use anyhow::Result;
 use dragon_metrics::Convention;
 use dragon_trainer::score::{self, Inputs, Metric, Named, ScoreConfig};
 
+use super::models::{ModelArgs, Plan};
 use super::songs::{self, SongArgs};
 use super::{ConfigArgs, context};
 use crate::settings;
@@ -15,8 +16,10 @@ use crate::settings;
 /// Measure systems against a reference: distances, diversity, intervals, ranks
 ///
 /// Prints a ranked table and writes report.html, report.json, systems.csv and songs.csv. A system is a folder of audio, a
-/// file of embeddings [N, D] (.npy, .npz, .safetensors) or a folder of .npy, one a song. The reference is one of these,
-/// statistics as `dragon stats` and fadtk write them, or a text file with one text a line.
+/// file of embeddings [N, D] (.npy, .npz, .safetensors), a folder of .npy, one a song, or a model: a model folder (ours, Stable
+/// Audio Open or MusicGen as published) or a run of `dragon finetune`, which first answers prompts as `dragon generate`
+/// does, into OUT/songs/NAME. The reference is songs too, statistics as `dragon stats` and fadtk write them, or a text file
+/// with one text a line.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -26,18 +29,21 @@ Examples:
   dragon score --reference fma_pop.npz --name clap-laion-music a.npy b.npy --metric fad,fad-inf
   dragon score songs-a songs-b --metric vendi                diversity needs no reference
   dragon score songs-a --prompts prompts.jsonl --metric clap-score --encoder clap --setting ma
-  dragon score --reference ref.npz songs-a --convention fadtk-1.1")]
+  dragon score --reference ref.npz songs-a --convention fadtk-1.1
+  dragon score builtin:tiny runs/finetune-vendi stable-audio-open-1.0 musicgen-small --encoder clap --setting ma \
+      --prompts builtin:tiny/prompts.jsonl --reference builtin:tiny/stats/clap-recordings.npz
+                                                             models: songs for 64 prompts each, then scored")]
 pub struct Args {
-    /// The systems
+    /// The systems: songs, embeddings or models
     #[arg(required = true, num_args = 1.., value_name = "GENERATED")]
-    generated: Vec<PathBuf>,
+    generated: Vec<String>,
     /// What they are compared with
     #[arg(short, long, value_name = "FILE or DIR")]
     reference: Option<String>,
     /// Which statistics, where the reference's file holds several
     #[arg(long)]
     name: Option<String>,
-    /// JSON lines with `id`, the name of a song without its ending, `caption` and `split`, for the CLAP score
+    /// JSON lines with `id`, the name of a song without its ending, `caption` and `split`, for the CLAP score and for models
     #[arg(long, value_name = "FILE")]
     prompts: Option<String>,
     /// What is measured, separated by commas; short for --set metrics=[…] [default: all but fad-inf that the reference,
@@ -51,6 +57,8 @@ pub struct Args {
     /// Print the per-song FAD of each song, too, farthest first
     #[arg(long)]
     per_song: bool,
+    #[command(flatten)]
+    models: ModelArgs,
     #[command(flatten)]
     songs: SongArgs,
     #[command(flatten)]
@@ -86,20 +94,33 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
         overrides.push(format!("metrics=[{}]", names.join(", ")));
     }
     let config: ScoreConfig = settings::resolve("score/default", args.config.path(), &overrides)?;
+    config.check()?;
     let reference = args.reference.as_deref().map(settings::path);
-    let inputs = Inputs::look(&Named {
-        reference: reference.as_deref(),
-        statistics: args.name.as_deref(),
-        systems: &args.generated,
-        prompts: args.prompts.as_deref().map(settings::path).as_deref(),
-        on_bad: args.songs.on_bad(),
-    })?;
-    inputs.check(&config)?;
+    let prompts = args.prompts.as_deref().map(settings::path);
+    let mut ctx = context(args.out, false, stop);
+    ctx.device = dragon_trainer::device(args.songs.device())?;
+    let plan = Plan::new(&args.generated, prompts.as_deref(), &args.models, config.seed, &ctx.out_dir)?;
+    let look = |systems: &[PathBuf]| -> Result<Inputs> {
+        let inputs = Inputs::look(&Named {
+            reference: reference.as_deref(),
+            statistics: args.name.as_deref(),
+            systems,
+            prompts: prompts.as_deref(),
+            on_bad: args.songs.on_bad(),
+        })?;
+        inputs.check(&config)?;
+        Ok(inputs)
+    };
+    // What cannot work is said before models make their songs.
+    let present = look(&plan.present())?;
+    let inputs = match plan.is_done() {
+        true => present,
+        false => look(&plan.generate(&ctx)?)?,
+    };
     let encoder = match inputs.need_encoder(&config) {
         true => Some(args.songs.load(&config.encoder, config.setting)?),
         false => None,
     };
-    let ctx = context(args.out, false, stop);
     let summary = score::run(&config, inputs, encoder.as_ref(), &ctx)?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&summary)?);

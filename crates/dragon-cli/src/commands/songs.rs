@@ -105,6 +105,11 @@ impl SongArgs {
         overrides
     }
 
+    /// Where tensors live.
+    pub fn device(&self) -> &str {
+        &self.device
+    }
+
     /// What happens to a file that cannot be used.
     pub fn on_bad(&self) -> OnBad {
         if self.skip_bad { OnBad::Skip } else { OnBad::Refuse }
