@@ -71,7 +71,8 @@ impl Model {
             }
             false => return Ok(None),
         };
-        let whole = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        // `.` and `..` have no name of their own.
+        let whole = if path.file_name().is_some() { path.to_owned() } else { path.canonicalize()? };
         let name = whole.file_name().unwrap_or_default().to_string_lossy().into_owned();
         Ok(Some(Self { name, folder, tuned }))
     }
