@@ -8,7 +8,7 @@ use anyhow::Result;
 use dragon_trainer::eval::{Summary, appendix_tables, win_rates};
 use dragon_trainer::run::write_atomic;
 
-use super::{ConfigArgs, RunArgs, finetune};
+use super::{ConfigArgs, RunArgs, check_prompts, finetune};
 use crate::settings;
 
 /// Fine-tune by several presets and print their win rates over the base as the paper's Table 1 does
@@ -18,11 +18,11 @@ use crate::settings;
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
-  dragon reproduce                                   all presets of presets/finetune
+  dragon reproduce                                   all presets for the shipped model
   dragon reproduce per-song-fad vendi --set run.steps=10 --out runs/short
   dragon reproduce per-song-fad --seed 2 --out runs/seed-2")]
 pub struct Args {
-    /// Presets of presets/finetune; all of them if none is named
+    /// Presets of presets/finetune; if none is named, all that tune the shipped model
     presets: Vec<String>,
     /// Change one key of every preset's config (docs/config.md lists them); may be given several times
     #[arg(long = "set", value_name = "KEY=VALUE")]
@@ -41,15 +41,15 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     let config = ConfigArgs { config: None, overrides: args.overrides, seed: args.seed };
-    let known: Vec<&str> =
-        settings::PRESETS.iter().filter_map(|(name, _)| name.strip_prefix("finetune/")).collect();
     let presets = match args.presets.is_empty() {
-        true => known.iter().map(|name| (*name).to_owned()).collect(),
+        true => shipped_presets()?,
         false => args.presets,
     };
     // A mistake in the last preset should not wait for the runs before it.
     for preset in &presets {
-        finetune::config(preset, &config)?.check()?;
+        let config = finetune::config(preset, &config)?;
+        config.check()?;
+        check_prompts(&config.bundle, &config.prompts)?;
     }
     let run = RunArgs { resume: true, device: args.device };
     let mut done: Vec<(String, Summary)> = Vec::new();
@@ -64,6 +64,19 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     print!("{}", win_rates(&done).to_text());
     println!("{}", args.out.join("tables.md").display());
     Ok(())
+}
+
+/// The presets that tune the shipped model.
+fn shipped_presets() -> Result<Vec<String>> {
+    let none = ConfigArgs { config: None, overrides: Vec::new(), seed: None };
+    let shipped = settings::path("builtin:tiny");
+    let mut presets = Vec::new();
+    for preset in settings::PRESETS.iter().filter_map(|(name, _)| name.strip_prefix("finetune/")) {
+        if finetune::config(preset, &none)?.bundle == shipped {
+            presets.push(preset.to_owned());
+        }
+    }
+    Ok(presets)
 }
 
 /// Writes what is done so far.
@@ -86,4 +99,18 @@ fn write(out: &Path, done: &[(String, Summary)]) -> Result<()> {
         .map(|(preset, summary)| serde_json::json!({ "preset": preset, "metrics": summary.metrics }))
         .collect();
     Ok(write_atomic(&out.join("tables.json"), &serde_json::to_vec_pretty(&json)?)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_names_all_presets_run_that_need_no_download() {
+        let presets = shipped_presets().unwrap();
+        for preset in ["per-song-fad", "clap-score", "per-song-fad-text", "dataset-fad", "vendi"] {
+            assert!(presets.iter().any(|name| name == preset), "{preset}");
+        }
+        assert!(!presets.contains(&"stable-audio".to_owned()));
+    }
 }
