@@ -315,6 +315,15 @@ mod tests {
     }
 
     #[test]
+    fn every_preset_with_weights_names_their_licence() {
+        for (name, text) in PRESETS.iter().filter(|(name, _)| !name.starts_with("data/")) {
+            let head = text.lines().take_while(|line| line.starts_with('#')).collect::<String>();
+            let trained = name.starts_with("pretrain/");
+            assert!(trained || head.to_lowercase().contains("licence"), "preset `{name}`");
+        }
+    }
+
+    #[test]
     fn a_table_laid_over_another_keeps_what_it_does_not_name_unless_its_kind_differs() {
         let parse = |text: &str| -> Table { text.parse().unwrap() };
         let mut under = parse(

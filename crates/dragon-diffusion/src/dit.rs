@@ -11,7 +11,7 @@
 //!
 //! Golden test: `dit_matches_an_independent_implementation`.
 
-use candle_core::{Module, Result, Tensor, bail};
+use candle_core::{DType, Module, Result, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
 use dragon_nn::{Linear, Rotary};
 use serde::{Deserialize, Serialize};
@@ -239,6 +239,11 @@ impl Dit {
         self.forward_with(x, c_noise, &context)
     }
 
+    /// That of the weights. Latents and texts of another come in and go out as they are.
+    fn dtype(&self) -> DType {
+        self.latent_in.weight.dtype()
+    }
+
     /// [`Self::forward`] with texts prepared by [`Self::context`] for the same batch and number of frames.
     pub fn forward_with(&self, x: &Tensor, c_noise: &Tensor, context: &Context) -> Result<Tensor> {
         let (batch, channels, _) = x.dims3()?;
@@ -249,14 +254,15 @@ impl Dit {
             bail!("expected one noise level for each of {batch} examples, found {:?}", c_noise.dims());
         }
         let level = self.noise_level.forward(c_noise)?; // [B, rank or width]
-        let mut h = self.latent_in.forward(&x.transpose(1, 2)?.contiguous()?)?; // [B, T, width]
+        let frames = x.transpose(1, 2)?.contiguous()?.to_dtype(self.dtype())?; // [B, T, C]
+        let mut h = self.latent_in.forward(&frames)?; // [B, T, width]
         for (block, text) in self.blocks.iter().zip(&context.keys_values) {
             h = block.forward(&h, &level, text, context)?;
         }
         let modulation = self.final_modulation.forward(&level)?;
         let h = dragon_nn::ada_layer_norm(&h, &modulation[0], &modulation[1], NORM_EPS)?;
         let (weight, bias) = &self.latent_out;
-        dragon_nn::linear(&h, weight, Some(bias))?.transpose(1, 2)?.contiguous() // [B, C, T]
+        dragon_nn::linear(&h, weight, Some(bias))?.to_dtype(x.dtype())?.transpose(1, 2)?.contiguous() // [B, C, T]
     }
 
     /// Prepares texts for a batch: their keys and values in every block. Differentiable.
@@ -296,9 +302,10 @@ impl Dit {
         }
         let states = &cond.states;
         let bias = Tensor::from_vec(bias, (batch, 1, 1, n_frames + 1 + length), states.device())?
-            .to_dtype(states.dtype())?;
+            .to_dtype(self.dtype())?;
         // Encoders differ in the scale of their states; padding may hold anything finite.
-        let tokens = self.text_in.forward(&dragon_nn::rms_norm(states, None, NORM_EPS)?)?; // [B, L, width]
+        let states = dragon_nn::rms_norm(states, None, NORM_EPS)?.to_dtype(self.dtype())?;
+        let tokens = self.text_in.forward(&states)?; // [B, L, width]
         let null =
             self.null_text.reshape((1, 1, self.cfg.width))?.broadcast_as((batch, 1, self.cfg.width))?;
         let tokens = Tensor::cat(&[null.contiguous()?, tokens], 1)?; // [B, 1 + L, width]
@@ -355,7 +362,7 @@ impl NoiseLevel {
     }
 
     fn forward(&self, c_noise: &Tensor) -> Result<Tensor> {
-        let features = noise_features(c_noise, self.n_features)?; // [B, n_features]
+        let features = noise_features(c_noise, self.n_features)?.to_dtype(self.fc1.weight.dtype())?; // [B, n_features]
         let h = dragon_nn::silu(&self.fc1.forward(&features)?)?; // [B, width]
         let h = dragon_nn::silu(&self.fc2.forward(&h)?)?; // [B, width]
         match &self.down {
@@ -462,7 +469,7 @@ mod tests {
     use super::*;
     use crate::edm::{Weighting, denoising_errors};
     use crate::model::{self, Model};
-    use candle_core::{DType, Device};
+    use candle_core::Device;
     use dragon_nn::{Params, Rng};
     use dragon_testkit::{Golden, Tol, assert_close};
 

@@ -117,10 +117,19 @@ impl Diffusion {
 
     /// The weights as a source for [`Architecture::build`], with others in the place of some: variables, or their values.
     pub fn builder<'a>(&self, others: impl IntoIterator<Item = (&'a String, Tensor)>) -> VarBuilder<'static> {
+        self.builder_in(DType::F32, others)
+    }
+
+    /// [`Self::builder`] for a model that computes in another type: each weight is converted when it is asked for.
+    pub fn builder_in<'a>(
+        &self,
+        dtype: DType,
+        others: impl IntoIterator<Item = (&'a String, Tensor)>,
+    ) -> VarBuilder<'static> {
         let mut tensors: HashMap<String, Tensor> =
             self.weights.iter().map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
         tensors.extend(others.into_iter().map(|(name, tensor)| (name.clone(), tensor)));
-        VarBuilder::from_tensors(tensors, DType::F32, &self.device)
+        VarBuilder::from_tensors(tensors, dtype, &self.device)
     }
 
     /// The base, without gradients.
@@ -128,7 +137,15 @@ impl Diffusion {
     /// # Errors
     /// If the config is impossible.
     pub fn base(&self) -> Result<Box<dyn DiffusionModel>> {
-        Ok(self.architecture.build(self.builder([]))?)
+        self.base_in(DType::F32)
+    }
+
+    /// [`Self::base`], computing in another type.
+    ///
+    /// # Errors
+    /// If the config is impossible.
+    pub fn base_in(&self, dtype: DType) -> Result<Box<dyn DiffusionModel>> {
+        Ok(self.architecture.build(self.builder_in(dtype, []))?)
     }
 
     /// The tuned model in `dir`, without gradients: other weights, or adapters over the base's.

@@ -5,10 +5,11 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use dragon_diffusion::{Guidance, GuidanceKind, SamplerConfig, Solver};
 use dragon_encoders::t5::{self, T5Encoder};
-use dragon_nn::{LoraConfig, Params, write_safetensors};
-use dragon_trainer::bundle::Length;
-use dragon_trainer::finetune::{self, FinetuneConfig};
+use dragon_nn::{LoraConfig, Params, Rng, write_safetensors};
+use dragon_trainer::bundle::{Bundle, Length};
+use dragon_trainer::finetune::{self, FinetuneConfig, RolloutDtype};
 use dragon_trainer::generate::{self, GenerateConfig, Wanted};
+use dragon_trainer::rollout::TextCache;
 use dragon_trainer::stable_audio::is_published;
 use dragon_trainer::{Result, RunContext, eval};
 use serde_json::{Value, json};
@@ -357,4 +358,30 @@ fn all_weights_are_tuned_and_exported_as_diffusers_transformer() {
     );
     let ours = FinetuneConfig { bundle: dir.path().join("ours"), ..cfg.clone() };
     refused(ours, "makes songs of one length");
+}
+
+#[test]
+fn in_bf16_both_kinds_of_model_denoise_almost_as_in_f32() {
+    let dir = tempfile::tempdir().unwrap();
+    write_diffusers(dir.path());
+    let published = Length { seconds: Some(0.02), n_frames: None };
+    for (folder, length) in [(dir.path().to_owned(), published), (fixtures().join("tiny"), Length::default())]
+    {
+        let bundle = Bundle::load_for(&folder, &length, &CPU).unwrap();
+        let texts = TextCache::default();
+        let cond = texts.get(&bundle, &["a slow harp melody", "drums"]).unwrap();
+        let shape = (2, bundle.diffusion.architecture.latent_channels(), 8);
+        let x = Rng::new(7).normal_tensor(shape, DType::F32, &CPU).unwrap();
+        let denoised = |dtype: DType| {
+            let model = bundle.diffusion.base_in(dtype).unwrap();
+            let denoise = model.with_texts(&cond, Some(&[false, true]), 8).unwrap();
+            denoise(&(&x * 3.0).unwrap(), &[3.0, 1.0]).unwrap()
+        };
+        let (wide, half) = (denoised(DType::F32), denoised(DType::BF16));
+        assert_eq!(half.dtype(), DType::F32, "latents stay as they are");
+        let size = |t: &Tensor| t.sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+        let relative = size(&(&wide - &half).unwrap()) / size(&wide);
+        assert!(relative > 1e-5 && relative < 0.02, "{}: {relative}", folder.display());
+    }
+    assert_eq!(RolloutDtype::Bf16.on(&CPU), DType::F32, "the CPU has no bf16");
 }

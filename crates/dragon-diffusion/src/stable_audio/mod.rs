@@ -14,7 +14,7 @@ pub mod published;
 use crate::dit::TextCond;
 use crate::edm::Edm;
 use crate::model::{Denoise, DiffusionModel};
-use candle_core::{D, Device, Result, Tensor, bail};
+use candle_core::{D, DType, Device, Result, Tensor, bail};
 use candle_nn::{Module, VarBuilder};
 use dragon_nn::{LayerNorm, Linear, Rotary};
 use serde::{Deserialize, Serialize};
@@ -361,8 +361,15 @@ impl StableAudioDit {
         let random = candle_nn::Init::Randn { mean: 0.0, stdev: 1.0 };
         let zero = candle_nn::Init::Const(0.0);
         let time = vb.pp("timestep_proj");
+        // Rounded frequencies would be other ones.
+        let dtype = if matches!(vb.dtype(), DType::BF16 | DType::F16) { DType::F32 } else { vb.dtype() };
         Ok(Self {
-            time_weight: vb.pp("time_proj").get_with_hints(cfg.time_features / 2, "weight", random)?,
+            time_weight: vb.pp("time_proj").get_with_hints_dtype(
+                cfg.time_features / 2,
+                "weight",
+                random,
+                dtype,
+            )?,
             time: Mlp {
                 first: Linear::new(cfg.time_features, width, time.pp(0))?,
                 second: Linear::new(width, width, time.pp(2))?,
@@ -385,17 +392,22 @@ impl StableAudioDit {
         &self.cfg
     }
 
+    /// That of the weights. Latents and conditions of another come in and go out as they are.
+    fn dtype(&self) -> DType {
+        self.proj_in.weight.dtype()
+    }
+
     /// Prepares the conditions of a batch: their keys and values in every block. Differentiable.
     ///
     /// # Errors
     /// If the shapes do not fit the config.
     pub fn context(&self, conditions: &Conditions, n_frames: usize) -> Result<Context> {
-        let tokens = self.cross.forward(&conditions.tokens)?; // [B, M, cross_dim]
+        let tokens = self.cross.forward(&conditions.tokens.to_dtype(self.dtype())?)?; // [B, M, cross_dim]
         let keys_values =
             self.blocks.iter().map(|block| block.cross.keys_values(&tokens)).collect::<Result<_>>()?;
         Ok(Context {
             keys_values,
-            global: self.global.forward(&conditions.global)?,
+            global: self.global.forward(&conditions.global.to_dtype(self.dtype())?)?,
             rotary: Rotary::new(self.cfg.head_dim / 2, ROTARY_BASE, n_frames + 1),
         })
     }
@@ -419,11 +431,13 @@ impl StableAudioDit {
                 context.global.dim(0)?
             );
         }
+        let (outer, inner) = (x.dtype(), self.dtype());
         let angles = t.unsqueeze(1)?.broadcast_mul(&self.time_weight.unsqueeze(0)?)?;
         let angles = (angles * (2.0 * std::f64::consts::PI))?;
-        let level = self.time.forward(&Tensor::cat(&[angles.cos()?, angles.sin()?], D::Minus1)?)?; // [B, width]
+        let features = Tensor::cat(&[angles.cos()?, angles.sin()?], D::Minus1)?.to_dtype(inner)?;
+        let level = self.time.forward(&features)?; // [B, width]
         let first = (&context.global + level)?.unsqueeze(1)?; // [B, 1, width]
-        let x = x.transpose(1, 2)?.contiguous()?; // [B, T, C]
+        let x = x.transpose(1, 2)?.contiguous()?.to_dtype(inner)?; // [B, T, C]
         let x = (dragon_nn::linear(&x, &self.preprocess.squeeze(2)?, None)? + &x)?;
         let mut h = Tensor::cat(&[&first, &self.proj_in.forward(&x)?], 1)?; // [B, 1 + T, width]
         for (block, text) in self.blocks.iter().zip(&context.keys_values) {
@@ -431,7 +445,7 @@ impl StableAudioDit {
         }
         let y = self.proj_out.forward(&h.narrow(1, 1, frames)?.contiguous()?)?; // [B, T, C]
         let y = (dragon_nn::linear(&y, &self.postprocess.squeeze(2)?, None)? + &y)?;
-        y.transpose(1, 2)?.contiguous() // [B, C, T]
+        y.to_dtype(outer)?.transpose(1, 2)?.contiguous() // [B, C, T]
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use candle_core::{DType, Device};
 use dragon_diffusion::{SamplerConfig, Weighting};
 use dragon_nn::{AdamWConfig, LoraConfig};
 use dragon_rewards::{RewardConfig, Split};
@@ -58,6 +59,9 @@ pub struct RolloutConfig {
     /// Probability that a generation comes from the reference model instead of the policy, drawn for each generation;
     /// paper value unknown.
     pub reference_probability: f64,
+    /// What the networks compute in while generating; learning is in f32.
+    #[serde(default, skip_serializing_if = "RolloutDtype::is_default")]
+    pub dtype: RolloutDtype,
     /// How latents are sampled; paper: 40 steps of a second-order DPM solver with CFG++. 10 steps train as well.
     pub sampler: SamplerConfig,
     /// Songs sampled at a time; bounds memory and changes no number.
@@ -76,6 +80,31 @@ impl RolloutConfig {
     /// Prompts of a step.
     pub fn prompts_per_step(&self) -> usize {
         self.songs_per_step / self.songs_per_prompt()
+    }
+}
+
+/// What a network computes in while generating. Noise levels, latents and sampling are in f32 either way.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RolloutDtype {
+    /// f32.
+    #[default]
+    F32,
+    /// bf16 on a device that has it, f32 on others: half the memory of the weights, another rounding.
+    Bf16,
+}
+
+impl RolloutDtype {
+    /// The type on a device.
+    pub fn on(self, device: &Device) -> DType {
+        match self {
+            Self::Bf16 if device.supports_bf16() => DType::BF16,
+            _ => DType::F32,
+        }
+    }
+
+    fn is_default(&self) -> bool {
+        *self == Self::default()
     }
 }
 

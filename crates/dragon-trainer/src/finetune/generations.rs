@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use dragon_diffusion::TextCond;
 use dragon_nn::Rng;
 use dragon_rewards::{Demonstrations, Song};
@@ -38,13 +38,19 @@ impl FinetuneTask<'_> {
         let cond = self.texts.get(self.bundle, &captions)?;
         let by_reference: Vec<bool> =
             ids.iter().map(|_| rng.uniform() < self.cfg.rollout.reference_probability).collect();
-        let frozen = self.policy.frozen(self.policy.tuned())?;
+        let dtype = self.cfg.rollout.dtype.on(&self.ctx.device);
         let mut rows: Vec<Option<Tensor>> = vec![None; ids.len()];
-        for (model, reference) in [(frozen.as_ref(), false), (self.reference.as_ref(), true)] {
+        for reference in [false, true] {
             let mine: Vec<usize> = (0..ids.len()).filter(|&row| by_reference[row] == reference).collect();
             if mine.is_empty() {
                 continue;
             }
+            let built = match (reference, dtype) {
+                (true, DType::F32) => None,
+                (true, _) => Some(self.bundle.diffusion.base_in(dtype)?),
+                (false, _) => Some(self.policy.frozen(self.policy.tuned(), dtype)?),
+            };
+            let model = built.as_ref().unwrap_or(&self.reference).as_ref();
             let (noise, cond) = (noise.select(mine.iter().copied()), select_cond(&cond, &mine)?);
             let prompts: Vec<&str> = mine.iter().map(|&row| captions[row]).collect();
             let ctx = self.unstoppable();

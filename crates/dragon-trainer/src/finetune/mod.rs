@@ -22,7 +22,9 @@ use dragon_nn::{AdamW, Ema, Params, Rng};
 use dragon_rewards::{Reward, RewardSet, RunningStats};
 use serde::Serialize;
 
-pub use config::{DemonstrationsConfig, FinetuneConfig, RolloutConfig, UpdateConfig, ValidationConfig};
+pub use config::{
+    DemonstrationsConfig, FinetuneConfig, RolloutConfig, RolloutDtype, UpdateConfig, ValidationConfig,
+};
 
 use crate::bundle::{self, Bundle, Prompt, Split};
 use crate::embedder::Embedder;

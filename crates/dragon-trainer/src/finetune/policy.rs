@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 use dragon_diffusion::DiffusionModel;
 use dragon_nn::{Lora, Params};
@@ -68,20 +68,21 @@ impl<'a> Policy<'a> {
     /// If the network cannot be built.
     pub fn model(&self) -> Result<Box<dyn DiffusionModel>> {
         let vb = match &self.kind {
-            Kind::Weights(params) => self.over_base(params, |var| var),
+            Kind::Weights(params) => self.over_base(params, DType::F32, |var| var),
             Kind::Adapters(lora) => lora.over(self.base.builder([])),
         };
         Ok(self.base.architecture.build(vb)?)
     }
 
-    /// The policy at the values of `tuned`, its own variables or as many others (their averages): no gradients.
+    /// The policy at the values of `tuned`, its own variables or as many others (their averages), computing in `dtype`: no
+    /// gradients.
     ///
     /// # Errors
     /// If the network cannot be built.
-    pub fn frozen(&self, tuned: &Params) -> Result<Box<dyn DiffusionModel>> {
+    pub fn frozen(&self, tuned: &Params, dtype: DType) -> Result<Box<dyn DiffusionModel>> {
         let vb = match &self.kind {
-            Kind::Weights(_) => self.over_base(tuned, |var| var.detach()),
-            Kind::Adapters(lora) => lora.with(tuned.clone()).frozen_over(self.base.builder([])),
+            Kind::Weights(_) => self.over_base(tuned, dtype, |var| var.detach()),
+            Kind::Adapters(lora) => lora.with(tuned.clone()).frozen_over(self.base.builder_in(dtype, [])),
         };
         Ok(self.base.architecture.build(vb)?)
     }
@@ -100,9 +101,14 @@ impl<'a> Policy<'a> {
         }
     }
 
-    fn over_base(&self, tuned: &Params, value: impl Fn(Tensor) -> Tensor) -> VarBuilder<'static> {
+    fn over_base(
+        &self,
+        tuned: &Params,
+        dtype: DType,
+        value: impl Fn(Tensor) -> Tensor,
+    ) -> VarBuilder<'static> {
         let vars = tuned.names_and_vars();
-        self.base.builder(vars.iter().map(|(name, var)| (name, value(var.as_tensor().clone()))))
+        self.base.builder_in(dtype, vars.iter().map(|(name, var)| (name, value(var.as_tensor().clone()))))
     }
 }
 

@@ -128,7 +128,7 @@ impl FinetuneTask<'_> {
         // KTO's Q is the mean gap of the whole batch: known before the first micro-batch only by a pass of its own.
         let mut baseline = 0.0;
         if self.cfg.loss.needs_baseline() && !whole {
-            let frozen = self.policy.frozen(self.policy.tuned())?;
+            let frozen = self.policy.frozen(self.policy.tuned(), DType::F32)?;
             let policy = self.values(frozen.as_ref(), rows, generations, noise)?;
             baseline = kto_baseline(&gaps(&reference, &policy));
         }

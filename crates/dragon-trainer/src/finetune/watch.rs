@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 
+use candle_core::DType;
 use dragon_diffusion::DiffusionModel;
 use dragon_metrics::Better;
 use dragon_rewards::{Reward, RewardConfig, RewardSet, Song};
@@ -67,7 +68,7 @@ impl Validation {
         if self.base.is_none() {
             self.base = Some(self.songs(task, task.reference.as_ref())?);
         }
-        let tuned = self.songs(task, task.policy.frozen(task.exported())?.as_ref())?;
+        let tuned = self.songs(task, task.policy.frozen(task.exported(), DType::F32)?.as_ref())?;
         let base = self.base.as_deref().unwrap_or_default();
         let (tuned, base): (Vec<&Song>, Vec<&Song>) = (tuned.iter().collect(), base.iter().collect());
         let scores = |reward: &Reward| -> std::result::Result<Scores, dragon_rewards::Error> {

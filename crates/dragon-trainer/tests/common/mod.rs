@@ -13,7 +13,7 @@ use dragon_nn::{AdamWConfig, Params, Rng};
 use dragon_trainer::bundle::Length;
 use dragon_trainer::diffusion::save_dit;
 use dragon_trainer::finetune::{
-    DemonstrationsConfig, FinetuneConfig, RolloutConfig, UpdateConfig, ValidationConfig,
+    DemonstrationsConfig, FinetuneConfig, RolloutConfig, RolloutDtype, UpdateConfig, ValidationConfig,
 };
 use dragon_trainer::losses::LossConfig;
 use dragon_trainer::pretrain::LoopConfig;
@@ -102,6 +102,7 @@ fn config_for(dir: &Path) -> FinetuneConfig {
             songs_per_prompt: None,
             demonstrations: DemonstrationsConfig::Paired,
             reference_probability: 0.2,
+            dtype: RolloutDtype::F32,
             sampler,
             batch: 3,
         },
