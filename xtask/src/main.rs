@@ -18,6 +18,7 @@ Checks and measurements:
   bench --peers        our layers and PyTorch's, timed in turn (makes a Python environment)
   bench --peers metrics
                        our metrics and fadtk's, kadtk's and vendi-score's, the same way
+  bench --peers audio  reading an hour of MP3 and FLAC, and what fadtk does, the same way
   parity clap|t5|stable_audio|gradients|codecs|musicgen
                        our models and their reference implementations at the published sizes, with seeded random
                        weights in the published layouts: errors per stage (makes a Python environment; --only NAME)
@@ -172,16 +173,20 @@ fn check_that_it_starts(binary: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Times us and others in turn, layers against PyTorch or `metrics` against the tools they replace: builds our side, then
-/// leaves the rounds to the script.
+/// Times us and others in turn, layers against PyTorch, `metrics` or `audio` against the tools they replace: builds our
+/// side, then leaves the rounds to the script.
 fn peers(root: &Path, args: &[String]) -> Result<()> {
-    let metrics = args.iter().any(|a| a == "metrics");
-    let (example, packages, script) = match metrics {
-        true => ("peers_metrics", &["--package", "dragon-metrics"][..], "xtask/bench/peers_metrics.py"),
-        false => ("peers", &["--workspace"][..], "xtask/bench/peers.py"),
+    let named = |what: &str| args.iter().any(|a| a == what);
+    let (example, packages, script) = match () {
+        () if named("metrics") => {
+            ("peers_metrics", &["--package", "dragon-metrics"][..], "xtask/bench/peers_metrics.py")
+        }
+        () if named("audio") => ("peers_audio", &["--workspace"][..], "xtask/bench/peers_audio.py"),
+        () => ("peers", &["--workspace"][..], "xtask/bench/peers.py"),
     };
     step("build", cargo(root).args(["build", "--release", "--example", example]).args(packages))?;
-    let rest: Vec<&String> = args.iter().filter(|a| !["--peers", "metrics"].contains(&a.as_str())).collect();
+    let ours = ["--peers", "metrics", "audio"];
+    let rest: Vec<&String> = args.iter().filter(|a| !ours.contains(&a.as_str())).collect();
     step("peers", Command::new("python3").arg(root.join(script)).args(rest).current_dir(root))
 }
 

@@ -32,14 +32,8 @@ impl Audio {
 
     /// The mean of all channels (as `librosa.to_mono`).
     pub fn to_mono(&self) -> Clip {
-        let samples = match self.channels.as_slice() {
-            [] => Vec::new(),
-            [mono] => mono.clone(),
-            many => {
-                let scale = 1.0 / many.len() as f32;
-                (0..self.n_samples()).map(|i| many.iter().map(|c| c[i]).sum::<f32>() * scale).collect()
-            }
-        };
+        let mut samples = Vec::with_capacity(self.n_samples());
+        add_mean(&self.channels, &mut samples);
         Clip { samples, sample_rate_hz: self.sample_rate_hz }
     }
 
@@ -54,6 +48,19 @@ impl Audio {
             .map(|c| resample(c, self.sample_rate_hz, sample_rate_hz))
             .collect::<Result<Vec<_>>>()?;
         Ok(Audio { channels, sample_rate_hz })
+    }
+}
+
+/// Appends the mean of channels of equal length.
+pub(crate) fn add_mean(channels: &[Vec<f32>], out: &mut Vec<f32>) {
+    match channels {
+        [] => {}
+        [mono] => out.extend_from_slice(mono),
+        [left, right] => out.extend(left.iter().zip(right).map(|(l, r)| (l + r) * 0.5)),
+        many => {
+            let scale = 1.0 / many.len() as f32;
+            out.extend((0..many[0].len()).map(|i| many.iter().map(|c| c[i]).sum::<f32>() * scale));
+        }
     }
 }
 

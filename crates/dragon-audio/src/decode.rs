@@ -13,7 +13,7 @@ use symphonia::core::formats::{FormatOptions, TrackType};
 use symphonia::core::io::MediaSourceStream;
 use symphonia::core::meta::MetadataOptions;
 
-use crate::clip::{Audio, Clip};
+use crate::clip::{self, Audio, Clip};
 use crate::error::{Error, Result};
 use crate::resample::SAMPLE_RATES_HZ;
 use crate::{ogg, opus};
@@ -27,13 +27,46 @@ use crate::{ogg, opus};
 /// If the file is missing, empty, mislabelled, in an unsupported format, truncated, damaged,
 /// without samples, or carries NaN or infinite samples.
 pub fn read(path: &Path) -> Result<Audio> {
+    read_as(path, Channels::All)
+}
+
+/// Reads an audio file as mono at `sample_rate_hz`: mean of the channels, then resampled.
+///
+/// # Errors
+/// As [`read`], and if the rate lies outside 1 to 768 kHz.
+pub fn read_mono(path: &Path, sample_rate_hz: u32) -> Result<Clip> {
+    let audio = read_as(path, Channels::Mean)?;
+    let mono = match <[Vec<f32>; 1]>::try_from(audio.channels) {
+        Ok([samples]) => Clip { samples, sample_rate_hz: audio.sample_rate_hz },
+        Err(channels) => Audio { channels, ..audio }.to_mono(),
+    };
+    if mono.sample_rate_hz == sample_rate_hz { Ok(mono) } else { mono.resample(sample_rate_hz) }
+}
+
+/// What is kept of the channels: they are mixed packet by packet, while the samples are near.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Channels {
+    All,
+    Mean,
+}
+
+fn read_as(path: &Path, keep: Channels) -> Result<Audio> {
     let (mut file, kind) = open(path)?;
     file.seek(SeekFrom::Start(0)).map_err(|e| Error::io(path, "read", e))?;
     let audio = match kind {
-        Kind::OggOpus => opus::decode(path, file)?,
-        _ => decode(path, file, kind)?,
+        Kind::OggOpus => {
+            let audio = opus::decode(path, file)?;
+            check_finite(path, &audio.channels, 0, audio.sample_rate_hz)?;
+            audio
+        }
+        _ => decode(path, file, kind, keep)?,
     };
-    check_samples(path, &audio)?;
+    if audio.n_samples() == 0 || audio.sample_rate_hz == 0 {
+        return Err(Error::NoSamples { path: path.to_path_buf() });
+    }
+    if !SAMPLE_RATES_HZ.contains(&audio.sample_rate_hz) {
+        return Err(Error::FileRate { path: path.to_path_buf(), found_hz: audio.sample_rate_hz });
+    }
     Ok(audio)
 }
 
@@ -72,14 +105,6 @@ fn open(path: &Path) -> Result<(File, Kind)> {
         _ => {}
     }
     Ok((file, kind))
-}
-
-/// Reads an audio file as mono at `sample_rate_hz`: mean of the channels, then resampled.
-///
-/// # Errors
-/// As [`read`], and if the rate lies outside 1 to 768 kHz.
-pub fn read_mono(path: &Path, sample_rate_hz: u32) -> Result<Clip> {
-    read(path)?.to_mono().resample(sample_rate_hz)
 }
 
 /// The text tags of a file (Vorbis comments, ID3, ...), keys in lower case, in file order.
@@ -128,7 +153,8 @@ pub fn read_duration_s(path: &Path) -> Result<f64> {
 }
 
 /// Decodes the first audio track.
-fn decode(path: &Path, file: File, kind: Kind) -> Result<Audio> {
+fn decode(path: &Path, file: File, kind: Kind, keep: Channels) -> Result<Audio> {
+    let n_bytes = file.metadata().map_or(0, |metadata| metadata.len());
     let unsupported = |found: String| Error::Unsupported { path: path.to_path_buf(), found };
     let stream = MediaSourceStream::new(Box::new(file), Default::default());
     let mut hint = Hint::new();
@@ -155,6 +181,7 @@ fn decode(path: &Path, file: File, kind: Kind) -> Result<Audio> {
 
     let mut channels: Vec<Vec<f32>> = Vec::new();
     let mut packet_channels: Vec<Vec<f32>> = Vec::new();
+    let mut n_channels = 0;
     loop {
         let at_s = channels.first().map_or(0, Vec::len) as f64 / f64::from(sample_rate_hz.max(1));
         let packet = match format.next_packet() {
@@ -177,13 +204,23 @@ fn decode(path: &Path, file: File, kind: Kind) -> Result<Audio> {
         sample_rate_hz = buffer.spec().rate();
         buffer.copy_to_vecs_planar(&mut packet_channels);
         if channels.is_empty() {
-            channels.resize(packet_channels.len(), Vec::new());
+            n_channels = packet_channels.len();
+            // A header's count may be anything: no more is believed than a well packed file holds.
+            let n = n_expected.unwrap_or(0).min(16 * n_bytes) as usize;
+            let kept = if keep == Channels::Mean { 1 } else { n_channels };
+            channels.resize_with(kept, || Vec::with_capacity(n));
         }
-        if channels.len() != packet_channels.len() {
+        if packet_channels.len() != n_channels {
             return Err(unsupported(format!("{} whose number of channels changes", kind.name())));
         }
-        for (all, new) in channels.iter_mut().zip(&packet_channels) {
-            all.extend_from_slice(new);
+        check_finite(path, &packet_channels, channels[0].len(), sample_rate_hz)?;
+        match keep {
+            Channels::Mean => clip::add_mean(&packet_channels, &mut channels[0]),
+            Channels::All => {
+                for (all, new) in channels.iter_mut().zip(&packet_channels) {
+                    all.extend_from_slice(new);
+                }
+            }
         }
     }
     let n_found = channels.first().map_or(0, Vec::len) as u64;
@@ -205,19 +242,18 @@ fn broken(path: &Path, at_s: f64, error: &DecoderError) -> Error {
     Error::Damaged { path: path.to_path_buf(), at_s, detail: error.to_string() }
 }
 
-fn check_samples(path: &Path, audio: &Audio) -> Result<()> {
-    if audio.n_samples() == 0 || audio.sample_rate_hz == 0 {
-        return Err(Error::NoSamples { path: path.to_path_buf() });
-    }
-    if !SAMPLE_RATES_HZ.contains(&audio.sample_rate_hz) {
-        return Err(Error::FileRate { path: path.to_path_buf(), found_hz: audio.sample_rate_hz });
-    }
-    for (channel, samples) in audio.channels.iter().enumerate() {
+/// Checks samples that begin at `start` of their file.
+fn check_finite(path: &Path, channels: &[Vec<f32>], start: usize, sample_rate_hz: u32) -> Result<()> {
+    for (channel, samples) in channels.iter().enumerate() {
+        // Without a branch in the loop: this passes over all that is ever read.
+        if samples.iter().fold(true, |all, x| all & x.is_finite()) {
+            continue;
+        }
         if let Some(i) = samples.iter().position(|x| !x.is_finite()) {
             return Err(Error::NonFinite {
                 path: path.to_path_buf(),
                 channel,
-                at_s: i as f64 / f64::from(audio.sample_rate_hz),
+                at_s: (start + i) as f64 / f64::from(sample_rate_hz),
                 value: samples[i],
             });
         }

@@ -1,6 +1,6 @@
 //! Sample-rate conversion: band-limited, without delay, deterministic.
 
-use rubato::audioadapter_buffers::direct::SequentialSliceOfVecs;
+use rubato::audioadapter_buffers::direct::SequentialSliceOfSlices;
 use rubato::{Fft, FixedSync, Resampler, WindowFunction};
 
 use crate::error::{Error, Result};
@@ -41,8 +41,8 @@ pub fn resample(samples: &[f32], from_hz: u32, to_hz: u32) -> Result<Vec<f32>> {
     let mut resampler =
         Fft::<f32>::new_custom(from, to, block, 1, 1, WindowFunction::BlackmanHarris2, FixedSync::Both)
             .expect("the rates were checked and the block is positive");
-    let input = [samples.to_vec()];
-    let input = SequentialSliceOfVecs::new(&input, 1, samples.len()).expect("one channel of this length");
+    let input = [samples];
+    let input = SequentialSliceOfSlices::new(&input, 1, samples.len()).expect("one channel of this length");
     let output = resampler
         .process_all(&input, samples.len(), None)
         .expect("the buffers have the lengths that the resampler asked for");
