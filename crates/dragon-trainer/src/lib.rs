@@ -29,6 +29,7 @@ pub mod pretrain;
 pub mod report;
 pub mod rollout;
 pub mod run;
+pub mod schedule;
 pub mod score;
 pub mod sets;
 pub mod song_encoder;

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::eval::MetricConfig;
 use crate::losses::LossConfig;
 use crate::pretrain::{self, LoopConfig};
+use crate::schedule::Schedule;
 
 /// Everything a fine-tuning depends on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -151,6 +152,9 @@ pub struct UpdateConfig {
     /// Steps over which the learning rate rises evenly from 0: Adam's first updates have full size whatever the gradient
     /// is worth.
     pub warmup_steps: usize,
+    /// The learning rate after that; paper: constant.
+    #[serde(default, skip_serializing_if = "Schedule::is_constant")]
+    pub schedule: Schedule,
     /// Decay of the averaged weights that are exported; 0 exports the last weights (ours; the paper names none).
     pub ema_decay: f64,
 }

@@ -169,8 +169,9 @@ impl FinetuneTask<'_> {
         let grad_norm = match total {
             None => 0.0, // every pair was a tie
             Some(grads) => {
-                let warmup = ((step + 1) as f64 / self.cfg.update.warmup_steps.max(1) as f64).min(1.0);
-                self.optimizer.set_lr(self.cfg.update.optimizer.lr * warmup);
+                let update = &self.cfg.update;
+                let factor = update.schedule.factor(step, update.warmup_steps, self.cfg.run.steps);
+                self.optimizer.set_lr(update.optimizer.lr * factor);
                 self.optimizer.step(&grads)?
             }
         };

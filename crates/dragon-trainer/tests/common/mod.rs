@@ -115,6 +115,7 @@ fn config_for(dir: &Path) -> FinetuneConfig {
             lora: None,
             draws: 2,
             warmup_steps: 2,
+            schedule: Default::default(),
             p_mean: Some(0.5),
             p_std: None,
             condition_dropout: 0.1,

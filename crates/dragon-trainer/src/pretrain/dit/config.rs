@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::super::LoopConfig;
 use crate::error::{Error, Result};
+use crate::schedule::Schedule;
 
 /// Config of `dragon pretrain dit`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -69,16 +70,6 @@ pub struct TrainConfig {
     pub ema_decay: f64,
     /// Weights of the noise levels in the loss.
     pub weighting: Weighting,
-}
-
-/// The learning rate after the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Schedule {
-    /// Stays.
-    Constant,
-    /// Falls along half a cosine to a tenth at `run.steps`.
-    Cosine,
 }
 
 impl Config {

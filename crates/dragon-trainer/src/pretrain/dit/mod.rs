@@ -26,7 +26,7 @@ use dragon_encoders::t5::T5Encoder;
 use dragon_encoders::tokenizer::Tokenizer;
 use dragon_nn::{AdamW, AdamWConfig, Params, Rng, write_safetensors};
 
-pub use config::{Config, DataConfig, Schedule, TrainConfig};
+pub use config::{Config, DataConfig, TrainConfig};
 pub use latents::{LatentSet, latents};
 
 use super::{Outcome, Task};
@@ -163,16 +163,7 @@ impl DitTask {
 
     fn lr(&self, step: usize) -> f64 {
         let train = &self.cfg.train;
-        let warmup = ((step + 1) as f64 / train.warmup_steps.max(1) as f64).min(1.0);
-        let factor = match train.schedule {
-            Schedule::Constant => 1.0,
-            Schedule::Cosine => {
-                let done = step.saturating_sub(train.warmup_steps) as f64;
-                let all = self.cfg.run.steps.saturating_sub(train.warmup_steps).max(1) as f64;
-                0.55 + 0.45 * (std::f64::consts::PI * (done / all).min(1.0)).cos()
-            }
-        };
-        train.lr * warmup * factor
+        train.lr * train.schedule.factor(step, train.warmup_steps, self.cfg.run.steps)
     }
 
     fn update_average(&self, step: usize) -> Result<()> {

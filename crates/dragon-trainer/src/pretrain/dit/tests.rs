@@ -5,9 +5,10 @@ use candle_core::{DType, Device, Tensor};
 use dragon_encoders::t5;
 use dragon_nn::Rng;
 
-use super::{Config, DitTask, LatentSet, Schedule, TrainConfig};
+use super::{Config, DitTask, LatentSet, TrainConfig};
 use crate::bundle::Info;
 use crate::pretrain::Task;
+use crate::schedule::Schedule;
 
 /// Latents whose mean follows their caption: `loud` +0.8 in the first channel, `soft` -0.8, each with waves at random phases.
 fn toy(n: usize, seed: u64) -> LatentSet {
