@@ -27,11 +27,6 @@ impl Schedule {
         };
         warmup * rest
     }
-
-    /// Whether it is [`Schedule::Constant`].
-    pub(crate) fn is_constant(&self) -> bool {
-        *self == Schedule::Constant
-    }
 }
 
 #[cfg(test)]

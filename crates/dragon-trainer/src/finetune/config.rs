@@ -61,7 +61,7 @@ pub struct RolloutConfig {
     /// paper value unknown.
     pub reference_probability: f64,
     /// What the networks compute in while generating; learning is in f32.
-    #[serde(default, skip_serializing_if = "RolloutDtype::is_default")]
+    #[serde(default)]
     pub dtype: RolloutDtype,
     /// How latents are sampled; paper: 40 steps of a second-order DPM solver with CFG++. 10 steps train as well.
     pub sampler: SamplerConfig,
@@ -102,10 +102,6 @@ impl RolloutDtype {
             Self::Bf16 if device.supports_bf16() => DType::BF16,
             _ => DType::F32,
         }
-    }
-
-    fn is_default(&self) -> bool {
-        *self == Self::default()
     }
 }
 
@@ -153,7 +149,7 @@ pub struct UpdateConfig {
     /// is worth.
     pub warmup_steps: usize,
     /// The learning rate after that; paper: constant.
-    #[serde(default, skip_serializing_if = "Schedule::is_constant")]
+    #[serde(default)]
     pub schedule: Schedule,
     /// Decay of the averaged weights that are exported; 0 exports the last weights (ours; the paper names none).
     pub ema_decay: f64,
