@@ -98,12 +98,14 @@ def reference(kind, path, given):
         model, mask = T5EncoderModel.from_pretrained(path), given["mask"]
         return lambda: model(given["ids"], attention_mask=mask).last_hidden_state * mask[..., None]
 
-    from diffusers import StableAudioPipeline
+    from diffusers import AutoencoderOobleck, StableAudioDiTModel
+    from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
 
-    pipeline = StableAudioPipeline.from_pretrained(path)
-    network, projection = pipeline.transformer, pipeline.projection_model
     if kind == "decode":
-        return lambda: pipeline.vae.decode(given["x"]).sample
+        vae = AutoencoderOobleck.from_pretrained(path / "vae")
+        return lambda: vae.decode(given["x"]).sample
+    network = StableAudioDiTModel.from_pretrained(path / "transformer")
+    projection = StableAudioProjectionModel.from_pretrained(path / "projection_model")
     if kind == "guided":
         tokens, glob, rotary = gradients.told(projection, given["states"], given["mask"], given["x"].shape[2])
         tokens, glob, t = torch.cat([torch.zeros_like(tokens), tokens]), torch.cat([glob, glob]), torch.full((2,), 0.5)

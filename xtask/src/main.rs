@@ -18,6 +18,9 @@ Checks and measurements:
   bench --peers        our layers and PyTorch's, timed in turn (makes a Python environment)
   bench --peers metrics
                        our metrics and fadtk's, kadtk's and vendi-score's, the same way
+  bench --peers models
+                       published models at their published sizes and their reference implementations: time and peak
+                       memory, with seeded random weights (up to 14 GB of disk)
   parity clap|t5|stable_audio|gradients|codecs|musicgen
                        our models and their reference implementations at the published sizes, with seeded random
                        weights in the published layouts: errors per stage (makes a Python environment; --only NAME)
@@ -172,17 +175,19 @@ fn check_that_it_starts(binary: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Times us and others in turn, layers against PyTorch or `metrics` against the tools they replace: builds our side, then
-/// leaves the rounds to the script.
+/// Times us and others in turn, layers against PyTorch, `metrics` against the tools they replace or `models` against their
+/// references: builds our side, then leaves the rounds to the script.
 fn peers(root: &Path, args: &[String]) -> Result<()> {
-    let metrics = args.iter().any(|a| a == "metrics");
-    let (example, packages, script) = match metrics {
-        true => ("peers_metrics", &["--package", "dragon-metrics"][..], "xtask/bench/peers_metrics.py"),
-        false => ("peers", &["--workspace"][..], "xtask/bench/peers.py"),
+    let has = |what: &str| args.iter().any(|a| a == what);
+    let (example, packages) = match () {
+        () if has("metrics") => ("peers_metrics", &["--package", "dragon-metrics"][..]),
+        () if has("models") => ("peers_models", &["--workspace"][..]),
+        () => ("peers", &["--workspace"][..]),
     };
     step("build", cargo(root).args(["build", "--release", "--example", example]).args(packages))?;
-    let rest: Vec<&String> = args.iter().filter(|a| !["--peers", "metrics"].contains(&a.as_str())).collect();
-    step("peers", Command::new("python3").arg(root.join(script)).args(rest).current_dir(root))
+    let script = root.join(format!("xtask/bench/{example}.py"));
+    let rest = args.iter().filter(|a| !["--peers", "metrics", "models"].contains(&a.as_str()));
+    step("peers", Command::new("python3").arg(script).args(rest).current_dir(root))
 }
 
 /// Compares a model with its reference implementation: builds our side, then leaves the rest to the script.

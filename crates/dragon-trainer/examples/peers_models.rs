@@ -7,12 +7,17 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use dragon_diffusion::guidance::Guided;
-use dragon_diffusion::{Conditioned, Denoiser, DiffusionModel, Guidance, TextCond, Weighting, denoising_errors};
+use dragon_diffusion::stable_audio::published::from_diffusers;
+use dragon_diffusion::stable_audio::{NumberConditioners, StableAudioDit};
+use dragon_diffusion::{
+    Conditioned, Denoiser, DiffusionModel, Guidance, TextCond, Weighting, denoising_errors,
+};
 use dragon_encoders::clap::ClapEncoder;
 use dragon_encoders::t5::T5Encoder;
-use dragon_nn::{AdamW, AdamWConfig, Lora, LoraConfig, Params};
-use dragon_trainer::bundle::{Bundle, Length};
+use dragon_nn::{AdamW, AdamWConfig, Checkpoint, Loader, Lora, LoraConfig, Params};
+use dragon_trainer::diffusion::{Architecture, Diffusion};
 use dragon_trainer::losses::{Errors, Labels, LossConfig};
+use dragon_vae::AudioVae;
 use std::collections::HashMap;
 use std::path::Path;
 use std::time::Instant;
@@ -64,12 +69,15 @@ fn case(kind: &str, path: &Path, given: Given) -> std::result::Result<Pass, Anyt
             Box::new(move || encoder.forward(&ids, &mask)?.broadcast_mul(&mask.unsqueeze(2)?))
         }
         "decode" => {
-            let vae = bundle(path, &given["x"])?.vae;
+            let (cfg, layout) = dragon_vae::published::read_config(&json(path, "vae")?)?;
+            let loader =
+                Loader::new(Checkpoint::open(path.join("vae"))?, move |name| vec![layout.name(name)]);
+            let vae = AudioVae::new(&cfg, loader.builder(DType::F32, &CPU))?;
+            loader.finish(|_| false)?;
             Box::new(move || vae.decode(&given["x"]))
         }
         "guided" => {
-            let bundle = bundle(path, &given["x"])?;
-            let model: &'static dyn DiffusionModel = Box::leak(bundle.diffusion.base()?);
+            let model: &'static dyn DiffusionModel = Box::leak(network(path, &given["x"])?.base()?);
             let texts = Conditioned::new(model, &texts(&given), given["x"].dim(2)?)?;
             Box::new(move || {
                 let guided = Guided { model: &texts, guidance: Guidance::cfg(7.0) };
@@ -81,9 +89,24 @@ fn case(kind: &str, path: &Path, given: Given) -> std::result::Result<Pass, Anyt
     })
 }
 
-fn bundle(path: &Path, latents: &Tensor) -> std::result::Result<Bundle, Anything> {
-    let length = Length { seconds: None, n_frames: Some(latents.dim(2)?) };
-    Ok(Bundle::load_for(path, &length, &CPU)?)
+fn json(path: &Path, folder: &str) -> std::result::Result<serde_json::Value, Anything> {
+    Ok(serde_json::from_slice(&std::fs::read(path.join(folder).join("config.json"))?)?)
+}
+
+/// Network and number conditioners of a folder of diffusers, without what is not timed: `Bundle` would load all of it.
+fn network(path: &Path, latents: &Tensor) -> std::result::Result<Diffusion, Anything> {
+    let published = from_diffusers(&json(path, "transformer")?, &json(path, "projection_model")?)?;
+    let open = |folder: &str| Checkpoint::open(path.join(folder)).map(Loader::same_names);
+    let (dit, projection) = (open("transformer")?, open("projection_model")?);
+    StableAudioDit::new(&published.config, dit.builder(DType::F32, &CPU))?; // asks for every tensor
+    let numbers = NumberConditioners::new(&published.config, projection.builder(DType::F32, &CPU))?;
+    let architecture = Architecture::StableAudio {
+        config: published.config,
+        numbers,
+        seconds: (latents.dim(2)? * 2048) as f64 / 44_100.0,
+        trained_frames: published.n_frames,
+    };
+    Ok(Diffusion::new(architecture, dit.finish(|_| false)?, &CPU))
 }
 
 fn texts(given: &Given) -> TextCond {
@@ -93,16 +116,16 @@ fn texts(given: &Given) -> TextCond {
 /// DPO on denoising errors: forward, backward, and of adapters the reference's errors and the update. All weights get their
 /// gradients only: AdamW's moments would not fit into 20 GB beside them.
 fn step(adapters: bool, path: &Path, given: Given) -> std::result::Result<Pass, Anything> {
-    let mut bundle = bundle(path, &given["x0"])?;
-    let architecture = bundle.diffusion.architecture.clone();
+    let mut base = network(path, &given["x0"])?;
+    let architecture = base.architecture.clone();
     let (params, model, reference) = if adapters {
         let targets = ["to_q", "to_k", "to_v", "to_out.0"].map(String::from).to_vec();
         let lora = Lora::new(LoraConfig { rank: 16, alpha: 16.0, targets }, 0)?;
-        let model = architecture.build(lora.over(bundle.diffusion.builder([])))?;
-        (lora.params().clone(), model, Some(bundle.diffusion.base()?))
+        let model = architecture.build(lora.over(base.builder([])))?;
+        (lora.params().clone(), model, Some(base.base()?))
     } else {
-        let params = Params::of(&bundle.diffusion.weights)?;
-        bundle.diffusion.weights.clear(); // the variables are copies
+        let params = Params::of(&base.weights)?;
+        base.weights.clear(); // the variables are copies
         let model = architecture.build(params.builder(DType::F32, &CPU))?;
         (params, model, None)
     };
