@@ -339,15 +339,20 @@ def serve_torch(threads):
         print(name, best, peak, n_parameters, flush=True)
 
 
+def variables(threads):
+    """The environment of either side."""
+    names = ["RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"]
+    # Beside the threads, what the `dragon` binary sets for itself.
+    env = dict(os.environ, CANDLE_NUM_THREADS="1", MIMALLOC_PURGE_DELAY="-1")
+    return env | {name: str(threads) for name in names}
+
+
 class Side:
     """A process that runs cases on request."""
 
     def __init__(self, command, threads):
-        names = ["RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"]
-        # Beside the threads, what the `dragon` binary sets for itself.
-        env = dict(os.environ, CANDLE_NUM_THREADS="1", MIMALLOC_PURGE_DELAY="-1")
-        env.update((name, str(threads)) for name in names)
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        pipe, env = subprocess.PIPE, variables(threads)
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
 
     def run(self, case, seconds):
         """What the side answers: the best time in seconds, and more."""

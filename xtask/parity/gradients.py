@@ -7,6 +7,7 @@ import resource
 import time
 
 FRAMES, PAIRS, TOKENS, RANK, ALPHA = 48, 2, 128, 16, 16.0
+HOP, RATE_HZ = 2048, 44_100
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 BAR = 1e-3
 
@@ -23,29 +24,36 @@ def loss_of(kind, policy, reference, beta):
     return (1 - torch.sigmoid(signs * beta * (gap - baseline))).mean()
 
 
-def run(binary, folder, pipeline, ours, failed):
+def inputs():
+    """Latents, noise, noise levels and texts, seeded."""
     import torch
-    from diffusers.models.embeddings import get_1d_rotary_pos_embed
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from safetensors.torch import save_file
 
     torch.manual_seed(2)
-    network, projection = pipeline.transformer.requires_grad_(False), pipeline.projection_model
-    hop, rate = 2048, 44100
-    del pipeline
     n = 2 * PAIRS
-    given = dict(
+    return dict(
         states=torch.randn(n, TOKENS, 768), mask=(torch.arange(TOKENS)[None] < torch.arange(9, 9 + 7 * n, 7)[:, None]).float(),
         x0=torch.randn(n, 64, FRAMES), noise=torch.randn(n, 64, FRAMES), sigmas=torch.tensor([0.4, 0.4, 3.0, 3.0])[:n],
     )  # fmt: skip
+
+
+def told(projection, states, mask, frames):
+    """What the network is told of whole pieces of so many frames: tokens, numbers and rotary positions."""
+    import torch
+    from diffusers.models.embeddings import get_1d_rotary_pos_embed
+
+    n, seconds = len(states), frames * HOP / RATE_HZ
     with torch.no_grad():
-        numbers = projection(
-            start_seconds=torch.zeros(n), end_seconds=torch.full((n,), FRAMES * hop / rate)
-        )
+        numbers = projection(start_seconds=torch.zeros(n), end_seconds=torch.full((n,), seconds))
     start, total = numbers.seconds_start_hidden_states, numbers.seconds_end_hidden_states
-    tokens = torch.cat([given["states"] * given["mask"][..., None], start, total], 1)
-    glob = torch.cat([start, total], 2)
-    rotary = get_1d_rotary_pos_embed(32, FRAMES + 1, use_real=True, repeat_interleave_real=False)
+    rotary = get_1d_rotary_pos_embed(32, frames + 1, use_real=True, repeat_interleave_real=False)
+    return torch.cat([states * mask[..., None], start, total], 1), torch.cat([start, total], 2), rotary
+
+
+def error_function(projection, given):
+    """The denoising errors of a model on the inputs."""
+    import torch
+
+    tokens, glob, rotary = told(projection, given["states"], given["mask"], given["x0"].shape[2])
     sigma = given["sigmas"][:, None, None]
 
     def errors(model):
@@ -55,6 +63,19 @@ def run(binary, folder, pipeline, ours, failed):
         v = model(x / total.sqrt(), t, tokens, glob, rotary_embedding=rotary, return_dict=False)[0]
         denoised = x / total - v * sigma / total.sqrt()
         return (denoised - given["x0"]).square().mean((1, 2)) * (total / sigma**2).flatten()
+
+    return errors
+
+
+def run(binary, folder, pipeline, ours, failed):
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from safetensors.torch import save_file
+
+    network, projection = pipeline.transformer.requires_grad_(False), pipeline.projection_model
+    del pipeline
+    given = inputs()
+    errors = error_function(projection, given)
 
     def line(stage, error, bar=BAR):
         ok = error <= bar

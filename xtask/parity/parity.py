@@ -120,13 +120,32 @@ def ours(binary, folder, *arguments):
     return load_file(out), dict(line.split() for line in text.splitlines())
 
 
+def laion(name):
+    """LAION's implementation at the size of a published file."""
+    from reference import laion_clap
+
+    site = pathlib.Path(importlib.util.find_spec("laion_clap").origin).parents[1]
+    return laion_clap(site, "base" if name.startswith("music") else "tiny")
+
+
+def laion_checkpoint(name):
+    """A model with seeded random weights, and its file as published."""
+    import torch
+    from reference import laion_file, published_names, spread
+
+    path = WORK / name.removesuffix(".pt") / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = spread(laion(name), seed=0)
+    torch.save(laion_file(published_names(model)), path)
+    return model, path
+
+
 def clap(binary, only):
     import torch
     import torch.nn.functional as F
-    from reference import hugging_face_clap, laion_clap, laion_file, published_names, spread
+    from reference import hugging_face_clap, spread
     from transformers import ClapFeatureExtractor
 
-    site = pathlib.Path(importlib.util.find_spec("laion_clap").origin).parents[1]
     sounds, texts = clips(), captions()
     for name in ["music_audioset_epoch_15_esc_90.14.pt", "630k-audioset-best.pt", "clap-htsat-unfused"]:
         if only not in name:
@@ -140,9 +159,7 @@ def clap(binary, only):
         inputs = dict(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         theirs = {"ids": tokens.input_ids}
         if name.endswith(".pt"):
-            model = spread(laion_clap(site, "base" if name.startswith("music") else "tiny"), seed=0)
-            path = folder / name
-            torch.save(laion_file(published_names(model)), path)
+            model, path = laion_checkpoint(name)
             wave = torch.from_numpy(sounds)
             with torch.no_grad():
                 branch = model.audio_branch
@@ -209,28 +226,38 @@ def t5_tokenizer(folder, texts):
     return T5Tokenizer(model, legacy=False)
 
 
+def t5_checkpoint(name):
+    """A model with seeded random weights, its tokenizer and its folder as published."""
+    import torch
+    from published import published
+    from transformers import T5ForConditionalGeneration
+
+    folder = WORK / name
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = t5_tokenizer(folder, captions() * 3)
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(published(name)).eval()
+    with torch.no_grad():
+        for key, value in model.state_dict().items():
+            if "layer_norm" in key:
+                value.copy_(torch.rand_like(value) + 0.5)
+    model.save_pretrained(folder, max_shard_size="1GB")  # `large` in parts
+    return model, tokenizer, folder
+
+
 def t5(binary, only):
     import torch
-    from published import PUBLISHED, published
-    from transformers import T5ForConditionalGeneration
+    from published import PUBLISHED
 
     texts = captions()
     n_tokens = 64
     for name in PUBLISHED:
         if only not in name:
             continue
-        folder = WORK / name
-        folder.mkdir(parents=True, exist_ok=True)
+        model, tokenizer, folder = t5_checkpoint(name)
         (folder / "captions.txt").write_text("\n".join(texts) + "\n")
-        tokenizer = t5_tokenizer(folder, texts * 3)
         tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=n_tokens, return_tensors="pt")
-        torch.manual_seed(0)
-        model = T5ForConditionalGeneration(published(name)).eval()
         with torch.no_grad():
-            for key, value in model.state_dict().items():
-                if "layer_norm" in key:
-                    value.copy_(torch.rand_like(value) + 0.5)
-            model.save_pretrained(folder, max_shard_size="1GB")  # `large` in parts
             encoder = model.get_encoder()
             inputs = dict(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
             wide, seconds = faster_of_two(lambda: encoder(**inputs).last_hidden_state)
@@ -256,23 +283,26 @@ def t5(binary, only):
         print(f"  PyTorch's bf16 is {theirs:.2e} from its f32; {facts['load_peak_mib']} MiB resident at most in bf16")
 
 
+def stable_audio_folder():
+    """Its folder, and a tokenizer for it."""
+    folder = WORK / "stable-audio-open-1.0"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder, t5_tokenizer(folder, captions() * 3)
+
+
 def stable_audio(binary, _):
     import stable_audio as pipeline
 
-    folder = WORK / "stable-audio-open-1.0"
-    folder.mkdir(parents=True, exist_ok=True)
-    prompts = captions()[:2]
-    tokenizer = t5_tokenizer(folder, captions() * 3)
-    pipeline.run(binary, folder, tokenizer, prompts, ours, compare, head)
+    folder, tokenizer = stable_audio_folder()
+    pipeline.run(binary, folder, tokenizer, captions()[:2], ours, compare, head)
 
 
 def gradients(binary, _):
     import gradients as script
     import stable_audio as pipeline
 
-    folder = WORK / "stable-audio-open-1.0"
-    folder.mkdir(parents=True, exist_ok=True)
-    script.run(binary, folder, pipeline.build(folder, t5_tokenizer(folder, captions() * 3)), ours, failed)
+    folder, tokenizer = stable_audio_folder()
+    script.run(binary, folder, pipeline.build(folder, tokenizer), ours, failed)
 
 
 def codecs(binary, only):

@@ -19,6 +19,9 @@ Checks and measurements:
   bench --peers metrics
                        our metrics and fadtk's, kadtk's and vendi-score's, the same way
   bench --peers audio  reading an hour of MP3 and FLAC, and what fadtk does, the same way
+  bench --peers models
+                       published models at their published sizes and their reference implementations: time and peak
+                       memory, with seeded random weights (up to 14 GB of disk)
   parity clap|t5|stable_audio|gradients|codecs|musicgen
                        our models and their reference implementations at the published sizes, with seeded random
                        weights in the published layouts: errors per stage (makes a Python environment; --only NAME)
@@ -173,21 +176,20 @@ fn check_that_it_starts(binary: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Times us and others in turn, layers against PyTorch, `metrics` or `audio` against the tools they replace: builds our
-/// side, then leaves the rounds to the script.
+/// Times us and others in turn: layers against PyTorch, `metrics` and `audio` against the tools they replace, `models`
+/// against their references. Builds our side, then leaves the rounds to the script.
 fn peers(root: &Path, args: &[String]) -> Result<()> {
-    let named = |what: &str| args.iter().any(|a| a == what);
-    let (example, packages, script) = match () {
-        () if named("metrics") => {
-            ("peers_metrics", &["--package", "dragon-metrics"][..], "xtask/bench/peers_metrics.py")
-        }
-        () if named("audio") => ("peers_audio", &["--workspace"][..], "xtask/bench/peers_audio.py"),
-        () => ("peers", &["--workspace"][..], "xtask/bench/peers.py"),
+    let has = |what: &str| args.iter().any(|a| a == what);
+    let (example, packages) = match () {
+        () if has("metrics") => ("peers_metrics", &["--package", "dragon-metrics"][..]),
+        () if has("audio") => ("peers_audio", &["--workspace"][..]),
+        () if has("models") => ("peers_models", &["--workspace"][..]),
+        () => ("peers", &["--workspace"][..]),
     };
     step("build", cargo(root).args(["build", "--release", "--example", example]).args(packages))?;
-    let ours = ["--peers", "metrics", "audio"];
-    let rest: Vec<&String> = args.iter().filter(|a| !ours.contains(&a.as_str())).collect();
-    step("peers", Command::new("python3").arg(root.join(script)).args(rest).current_dir(root))
+    let script = root.join(format!("xtask/bench/{example}.py"));
+    let rest = args.iter().filter(|a| !["--peers", "metrics", "audio", "models"].contains(&a.as_str()));
+    step("peers", Command::new("python3").arg(script).args(rest).current_dir(root))
 }
 
 /// Compares a model with its reference implementation: builds our side, then leaves the rest to the script.

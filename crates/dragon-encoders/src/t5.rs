@@ -345,8 +345,9 @@ impl FeedForward {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Relu { wi, wo } => wo.forward(&wi.forward(x)?.relu()?),
-            // candle's `gelu` is the tanh form, which the reference calls `gelu_new`
-            Self::GatedGelu { wi_0, wi_1, wo } => wo.forward(&(wi_0.forward(x)?.gelu()? * wi_1.forward(x)?)?),
+            Self::GatedGelu { wi_0, wi_1, wo } => {
+                wo.forward(&(dragon_nn::gelu_tanh(&wi_0.forward(x)?)? * wi_1.forward(x)?)?)
+            }
         }
     }
 }

@@ -121,6 +121,26 @@ fn rows_of_a_large_linear_do_not_depend_on_their_number() {
 }
 
 #[test]
+fn gradients_of_rows_of_a_large_linear_do_not_depend_on_their_number() {
+    // As above, backwards: parts of 128 of 257 columns, depth in parts of 384 (256 without AVX-512).
+    let w = noise("w", &[1100, 257]).to_dtype(DType::F32).unwrap();
+    let (x, g) = (noise("x", &[1030, 257]), noise("g", &[1030, 1100]));
+    let gradient = |first: usize, n: usize| -> Vec<Vec<f32>> {
+        let rows = |t: &Tensor| t.narrow(0, first, n).unwrap().to_dtype(DType::F32).unwrap();
+        let x = Var::from_tensor(&rows(&x).copy().unwrap()).unwrap();
+        let loss = (linear(&x, &w, None).unwrap() * rows(&g)).unwrap().sum_all().unwrap();
+        loss.backward().unwrap().get(&x).unwrap().to_vec2().unwrap()
+    };
+    assert_eq!(gradient(3, 7), gradient(0, 1030)[3..10]);
+    let inputs = [x.narrow(0, 0, 9).unwrap(), w];
+    let got = run(&inputs, |t| linear(&t[0], &t[1], None));
+    let want = run(&inputs, |t| linear::plain::linear(&t[0], &t[1], None));
+    for (got, want) in got.iter().zip(&want) {
+        assert_close(got, want, Tol { atol: 3e-4, rtol: 1e-4 }); // sums of 1100 terms
+    }
+}
+
+#[test]
 fn rows_of_linear_do_not_depend_on_their_number() {
     for (n_in, n_out) in [(1, 1), (2, 3), (7, 1), (64, 16), (300, 33), (1100, 70)] {
         let x = noise("x", &[97, n_in]).to_dtype(DType::F32).unwrap();
@@ -228,6 +248,7 @@ fn element_wise_operations_are_right() {
     for shape in [&[2, 3, 5][..], &[1, 1, 1], &[40, 17]] {
         let x = [(noise("x", shape) * 2.0).unwrap()];
         check(&x, |t| gelu(&t[0]), |t| activation::plain::gelu(&t[0]));
+        check(&x, |t| gelu_tanh(&t[0]), |t| activation::plain::gelu_tanh(&t[0]));
         check(&x, |t| silu(&t[0]), |t| activation::plain::silu(&t[0]));
         check(&x, |t| leaky_relu(&t[0], 0.2), |t| activation::plain::leaky_relu(&t[0], 0.2));
         check(&x, |t| elu(&t[0]), |t| activation::plain::elu(&t[0]));

@@ -10,6 +10,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Activation {
     Gelu,
+    GeluTanh,
     Silu,
     LeakyRelu(f64),
     Elu,
@@ -23,6 +24,16 @@ const FRAC_1_SQRT_2: f64 = std::f64::consts::FRAC_1_SQRT_2;
 /// `1 / sqrt(2 π)`.
 const DENSITY_AT_0: f64 = 0.398_942_280_401_432_7;
 
+/// `sqrt(2 / π)` and the cube's factor in the tanh form of GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+const TANH_SCALE: f64 = 0.797_884_560_802_865_4;
+const TANH_CUBE: f64 = 0.044_715;
+
+/// The normal distribution function, nearly: `(1 + tanh u) / 2 = σ(2 u)` with `u = sqrt(2 / π) (x + 0.044715 x³)`.
+#[inline(always)]
+fn phi_tanh<T: Real>(x: T) -> T {
+    (x * (x * x).fma(T::of(2.0 * TANH_SCALE * TANH_CUBE), T::of(2.0 * TANH_SCALE))).sigmoid()
+}
+
 /// The normal distribution function.
 #[inline(always)]
 fn phi<T: Real>(x: T) -> T {
@@ -33,6 +44,7 @@ impl Activation {
     fn forward<T: Real>(self, x: &[T]) -> Vec<T> {
         match self {
             Activation::Gelu => map(x, |x| x * phi(x)),
+            Activation::GeluTanh => map(x, |x| x * phi_tanh(x)),
             Activation::Silu => map(x, |x| x * x.sigmoid()),
             Activation::LeakyRelu(slope) => {
                 let slope = T::of(slope);
@@ -50,6 +62,11 @@ impl Activation {
             Activation::Gelu => map2(x, g, |x, g| {
                 let density = T::of(DENSITY_AT_0) * (x * x * T::of(-0.5)).exp_();
                 g * x.fma(density, phi(x))
+            }),
+            Activation::GeluTanh => map2(x, g, |x, g| {
+                let s = phi_tanh(x);
+                let slope = (x * x).fma(T::of(6.0 * TANH_SCALE * TANH_CUBE), T::of(2.0 * TANH_SCALE)); // of 2 u
+                g * s * (x * slope).fma(T::ONE - s, T::ONE)
             }),
             Activation::Silu => map2(x, g, |x, g| {
                 let s = x.sigmoid();

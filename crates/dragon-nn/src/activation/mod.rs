@@ -15,6 +15,14 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
     if fast(&[x]) { cpu::apply(x, Activation::Gelu) } else { plain::gelu(x) }
 }
 
+/// `x (1 + tanh(sqrt(2 / π) (x + 0.044715 x³))) / 2`, GELU without the error function (`gelu_new` of transformers).
+///
+/// # Errors
+/// If `x` is not of a float dtype.
+pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
+    if fast(&[x]) { cpu::apply(x, Activation::GeluTanh) } else { plain::gelu_tanh(x) }
+}
+
 /// `x σ(x)`.
 ///
 /// # Errors

@@ -6,6 +6,10 @@ pub(crate) fn gelu(x: &Tensor) -> Result<Tensor> {
     x.gelu_erf()
 }
 
+pub(crate) fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
+    x.gelu() // candle's is the tanh form
+}
+
 pub(crate) fn silu(x: &Tensor) -> Result<Tensor> {
     x.silu()
 }

@@ -119,6 +119,7 @@ fn rows(n_rows: usize, width: usize, in_stride: usize, out_step: usize) -> Rows<
         out_step,
         out_start: 0,
         parallel: false,
+        go_on: false,
     }
 }
 

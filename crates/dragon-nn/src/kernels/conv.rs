@@ -1,7 +1,7 @@
 //! Correlation along time and its two adjoints, shared by the convolution and the transposed convolution.
 
-use super::gemm::{Packed, Rows, product, weight_gradient};
-use super::{Real, filled, for_each};
+use super::gemm::{KC, Packed, Rows, product, weight_gradient};
+use super::{Real, Shared, filled, for_each};
 
 /// With so few rows, and weights of at least [`LARGE`] elements, packing all weights to memory first is much of the work (a
 /// quarter of a network of 1.06 G parameters on 196 rows). Then each task packs [`PART`] columns for itself and uses them
@@ -11,6 +11,8 @@ const FEW_ROWS: usize = 1024;
 const LARGE: usize = 1 << 18;
 /// See [`FEW_ROWS`].
 const PART: usize = 64;
+/// The same for [`product_in_parts`]: with all that is summed at a time, 192 KiB of f32.
+const COLUMNS: usize = 128;
 
 /// Geometry of a correlation from `[B, t_in, c_in]` to `[B, t_out, c_out]` with weights `[c_out, c_in/groups, taps]`.
 #[derive(Debug, Clone, Copy)]
@@ -70,7 +72,18 @@ impl Geometry {
             out_step: self.c_out,
             out_start: group * self.out_group(),
             parallel: true,
+            go_on: false,
         }
+    }
+
+    /// Whether every row of the input meets the same row of the output, and no other.
+    fn is_linear(&self) -> bool {
+        self.kernel == 1 && self.stride == 1 && self.padding == 0
+    }
+
+    /// Whether rows are so few, and weights so many, that packing them all to memory first is much of the work.
+    fn packs_in_parts(&self, rows: usize) -> bool {
+        self.batch * rows <= FEW_ROWS && self.in_group() * self.out_group() * self.kernel >= LARGE
     }
 }
 
@@ -91,7 +104,7 @@ pub(crate) fn correlate<T: Real>(x: &[T], w: &[T], bias: Option<&[T]>, geo: &Geo
                     let packed = Packed::new(w, (k, ig, n), start, (k, ig * k));
                     product(x, packed.all(), bias.map(|b| &b[first..first + n]), out.from(first), rows);
                 };
-                if geo.batch * geo.t_out <= FEW_ROWS && og * ig * k >= LARGE {
+                if geo.packs_in_parts(geo.t_out) {
                     let work = geo.batch * geo.t_out * og * ig * k / 8;
                     // The last takes the rest too: a column on its own would be summed in another order.
                     let n_parts = (og / PART).max(1);
@@ -106,6 +119,39 @@ pub(crate) fn correlate<T: Real>(x: &[T], w: &[T], bias: Option<&[T]>, geo: &Geo
             }
         })
     }
+}
+
+/// The product of all rows with the matrix `[depth, n]` whose element `(p, j)` is `w[p * strides.0 + j * strides.1]`. Each task packs
+/// [`COLUMNS`] columns, and of them what is summed at a time.
+///
+/// # Safety
+/// As [`product`], for all rows of `rows`, which follow each other whatever the example.
+unsafe fn product_in_parts<T: Real>(
+    x: &[T],
+    w: &[T],
+    (depth, n): (usize, usize),
+    strides: (usize, usize),
+    bias: Option<&[T]>,
+    out: Shared<T>,
+    rows: &Rows,
+) {
+    let n_rows = rows.batch * rows.n_rows;
+    // The last takes the rest too: a column on its own would be summed in another order.
+    let n_parts = (n / COLUMNS).max(1);
+    for_each(n_parts, n_rows * depth * n / 8, |part| {
+        let first = part * COLUMNS;
+        let n = if part + 1 == n_parts { n - first } else { COLUMNS };
+        let bias = bias.map(|b| &b[first..first + n]);
+        for p in (0..depth).step_by(KC) {
+            let width = KC.min(depth - p);
+            let start = p * strides.0 + first * strides.1;
+            let packed = Packed::new(w, (1, width, n), |_| start, strides);
+            let rows =
+                Rows { batch: 1, n_rows, in_rows: n_rows, width, parallel: false, go_on: p > 0, ..*rows };
+            // SAFETY: the caller's contract; the tasks write columns of their own.
+            unsafe { product(&x[p.min(x.len())..], packed.all(), bias, out.from(first), &rows) };
+        }
+    });
 }
 
 /// The adjoint of [`correlate`] in its input: from `[B, t_out, c_out]` back to `[B, t_in, c_in]`, plus `bias[i]`.
@@ -123,6 +169,18 @@ pub(crate) fn correlate_adjoint<T: Real>(g: &[T], w: &[T], bias: Option<&[T]>, g
     unsafe {
         filled(geo.batch * geo.t_in * geo.c_in, |out| {
             for group in 0..geo.groups {
+                if geo.is_linear() && ig >= COLUMNS && geo.packs_in_parts(geo.t_in) {
+                    let (g, w) = (&g[(group * og).min(g.len())..], &w[group * og * ig..]);
+                    let bias = bias.map(|b| &b[group * ig..(group + 1) * ig]);
+                    let rows = Rows {
+                        in_stride: geo.c_out,
+                        out_step: geo.c_in,
+                        out_start: group * ig,
+                        ..geo.rows(&[0], group)
+                    };
+                    product_in_parts(g, w, (og, ig), (ig, 1), bias, out, &rows);
+                    continue;
+                }
                 let start = |block: usize| group * og * ig * k + kernel[block];
                 let packed = Packed::new(w, (k, og, ig), start, (ig * k, k));
                 let bias = bias.map(|b| &b[group * ig..(group + 1) * ig]);
@@ -155,6 +213,7 @@ pub(crate) fn correlate_adjoint<T: Real>(g: &[T], w: &[T], bias: Option<&[T]>, g
                         out_step: stride * geo.c_in,
                         out_start: (stride * first + p - padding) * geo.c_in + group * ig,
                         parallel: true,
+                        go_on: false,
                     };
                     product(&g[(group * og).min(g.len())..], panels, bias, out, &rows);
                 }

@@ -10,6 +10,8 @@ use super::{Real, Shared, filled, for_each};
 
 /// Columns of a packed panel.
 pub(crate) const NR: usize = 16;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 /// Rows and panels of a tile. 6 x 16 fills twelve of the sixteen vector registers of AVX2, 8 x 32 sixteen of the 32 of
 /// AVX-512.
 const MR: usize = if cfg!(target_feature = "avx512f") { 8 } else { 6 };
@@ -17,7 +19,7 @@ const MR: usize = if cfg!(target_feature = "avx512f") { 8 } else { 6 };
 const PANELS: usize = if cfg!(target_feature = "avx512f") { 2 } else { 1 };
 /// Depth of a product done at a time: long enough to make little of reading and writing the sums, short enough for the
 /// columns of a tile to stay near.
-const KC: usize = if cfg!(target_feature = "avx512f") { 384 } else { 256 };
+pub(crate) const KC: usize = if cfg!(target_feature = "avx512f") { 384 } else { 256 };
 
 /// Evaluates an expression in which `$m` stands for the number of rows of a tile.
 macro_rules! by_rows {
@@ -36,7 +38,10 @@ macro_rules! by_rows {
 }
 /// A matrix `[depth, n]` cut into panels of sixteen columns, each `[depth, 16]`, the last filled up with zeros.
 pub(crate) struct Packed<T> {
+    /// The panels begin at a cache line, so that no row of one lies in two.
     data: Vec<T>,
+    /// See `data`.
+    begin: usize,
     depth: usize,
     n: usize,
 }
@@ -64,8 +69,13 @@ impl<T: Real> Packed<T> {
             .map(|(block, p)| (start(block) + p * depth_stride, block * block_depth + p))
             .collect();
         // SAFETY: every row of every panel is written; reads are inside as checked above.
+        let (mut begin, len) = (0, n_panels * depth * NR);
         let data = unsafe {
-            filled(n_panels * depth * NR, |out| {
+            filled(len + LINE / size_of::<T>(), |out: Shared<T>| {
+                begin = out.ptr().align_offset(LINE);
+                out.range(0, begin).fill(T::ZERO);
+                out.range(begin + len, LINE / size_of::<T>() - begin).fill(T::ZERO);
+                let out = out.from(begin);
                 for_each(n_panels, depth * n, |panel| {
                     let out = out.range(panel * depth * NR, depth * NR);
                     let width = NR.min(n - panel * NR);
@@ -82,7 +92,7 @@ impl<T: Real> Packed<T> {
                 });
             })
         };
-        Packed { data, depth, n }
+        Packed { data, begin, depth, n }
     }
 
     /// All rows.
@@ -145,7 +155,7 @@ pub(crate) struct Panels<'a, T> {
 
 impl<T: Real> Panels<'_, T> {
     fn panel(&self, i: usize) -> *const T {
-        self.packed.data[(i * self.packed.depth + self.first) * NR..].as_ptr()
+        self.packed.data[self.packed.begin + (i * self.packed.depth + self.first) * NR..].as_ptr()
     }
 }
 
@@ -176,6 +186,8 @@ pub(crate) struct Rows<'a> {
     pub out_start: usize,
     /// Whether to use several threads; not inside a task that is one of many.
     pub parallel: bool,
+    /// Whether the sums go on from what the result holds: the depth came in parts, and this is not the first.
+    pub go_on: bool,
 }
 
 /// `out[r] = bias + Σ_taps x[r·in_step + tap] · B_tap`, for each example; `x` starts at the first used channel of the
@@ -198,9 +210,14 @@ pub(crate) unsafe fn product<T: Real>(
     }
     let zeros = vec![T::ZERO; rows.width];
     if n == 1 {
+        assert!(!rows.go_on);
         let work = if rows.parallel { batch * rows.n_rows * b.depth } else { 0 };
-        let weights: Vec<T> =
-            b.packed.data[b.first * NR..].iter().step_by(NR).take(b.depth).copied().collect();
+        let weights: Vec<T> = b.packed.data[b.packed.begin + b.first * NR..]
+            .iter()
+            .step_by(NR)
+            .take(b.depth)
+            .copied()
+            .collect();
         let start = bias.map_or(T::ZERO, |bias| bias[0]);
         let per_task = super::rows_per_task(b.depth);
         let tasks = rows.n_rows.div_ceil(per_task);
@@ -246,7 +263,7 @@ pub(crate) unsafe fn product<T: Real>(
             for panel in panels.clone().step_by(PANELS) {
                 let width = (PANELS * NR).min(n - panel * NR);
                 let start = match bias {
-                    _ if depth.start > 0 => Start::Target,
+                    _ if depth.start > 0 || rows.go_on => Start::Target,
                     Some(bias) => Start::Bias(bias[panel * NR..panel * NR + width].as_ptr()),
                     None => Start::Zero,
                 };
@@ -428,13 +445,22 @@ pub(crate) unsafe fn weight_gradient<T: Real>(
 
     let compute = |depth_part: usize, row_part: usize, sum: Shared<T>| {
         let m_range = (row_part * rows_per_part).min(m)..((row_part + 1) * rows_per_part).min(m);
-        if !add {
+        let chunks = depth_part * chunks_per_part..((depth_part + 1) * chunks_per_part).min(n_chunks);
+        // The rows of a chunk that all taps see.
+        let seen = |chunk: usize| {
+            let first = (chunk % chunks_per_example) * depth;
+            let end = (first + depth).min(rows.n_rows);
+            (first.max(inner.0).min(end), end.min(inner.1).max(first))
+        };
+        // The first chunk's sums take the place of what is there, if they reach every element.
+        let replaces = !add && chunks.clone().next().map(seen).is_some_and(|(r0, r1)| r0 < r1);
+        if !add && !replaces {
             // SAFETY: the rows of this task, inside of the buffer.
             unsafe { sum.range(m_range.start * n, m_range.len() * n) }.fill(T::ZERO);
         }
         let mut own = vec![T::ZERO; if row_parts > 1 { 0 } else { chunk_len }];
         let mut copy = vec![T::ZERO; depth * WIDE];
-        for chunk in depth_part * chunks_per_part..((depth_part + 1) * chunks_per_part).min(n_chunks) {
+        for chunk in chunks.clone() {
             let example = chunk / chunks_per_example;
             let first = (chunk % chunks_per_example) * depth;
             let end = (first + depth).min(rows.n_rows);
@@ -446,7 +472,11 @@ pub(crate) unsafe fn weight_gradient<T: Real>(
             };
             // SAFETY: the callers pass rows whose input is inside for the taps of the tile; `len <= MR` rows of `sum`
             // from `i` on belong to this task.
-            let mut tile = |i: usize, len: usize, r0: usize, r1: usize, panels: std::ops::Range<usize>| unsafe {
+            let mut tile = |i: usize,
+                            len: usize,
+                            (r0, r1): (usize, usize),
+                            panels: std::ops::Range<usize>,
+                            start: Start<T>| unsafe {
                 let whole = x;
                 let x = x.as_ptr().add(example * rows.in_batch);
                 let k = r1 - r0;
@@ -479,12 +509,7 @@ pub(crate) unsafe fn weight_gradient<T: Real>(
                 }
                 for panel in panels.step_by(PANELS) {
                     let width = (PANELS * NR).min(n - panel * NR);
-                    let to = Target {
-                        out: sum.ptr().add(i * n + panel * NR),
-                        step: n,
-                        width,
-                        start: Start::Added,
-                    };
+                    let to = Target { out: sum.ptr().add(i * n + panel * NR), step: n, width, start };
                     let b = packed.as_ptr().add((panel * depth + (r0 - first)) * NR);
                     if width > NR {
                         by_rows!(len, M => gradient_tile::<T, M, PANELS>(&a, k, step, b, depth * NR, to));
@@ -493,11 +518,13 @@ pub(crate) unsafe fn weight_gradient<T: Real>(
                     }
                 }
             };
-            let (r0, r1) = (first.max(inner.0).min(end), end.min(inner.1).max(first));
+            let (r0, r1) = seen(chunk);
             if r0 < r1 {
+                let start = if replaces && chunk == chunks.start { Start::Zero } else { Start::Added };
                 for group in (0..n_panels).step_by(NEAR) {
                     for i in m_range.clone().step_by(MR) {
-                        tile(i, MR.min(m_range.end - i), r0, r1, group..(group + NEAR).min(n_panels));
+                        let panels = group..(group + NEAR).min(n_panels);
+                        tile(i, MR.min(m_range.end - i), (r0, r1), panels, start);
                     }
                 }
             }
@@ -510,7 +537,7 @@ pub(crate) unsafe fn weight_gradient<T: Real>(
                     let (r0, r1) = (start.max(low), stop.min(high));
                     if r0 < r1 {
                         for i in (i0..i1.max(i0)).step_by(MR) {
-                            tile(i, MR.min(i1 - i), r0, r1, 0..n_panels);
+                            tile(i, MR.min(i1 - i), (r0, r1), 0..n_panels, Start::Added);
                         }
                     }
                 }
