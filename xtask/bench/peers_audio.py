@@ -24,7 +24,7 @@ ROOT = peers.ROOT
 PACKAGES = ["soundfile==0.14.0", "cffi==2.0.0", "pycparser==2.23", "torchaudio==2.11.0"]
 DATA = ROOT / "target" / "peers-audio"
 RATE, HOUR, FROM = 48_000, 3600, 44_100
-FILES = {"hour.mp3": "MP3", "hour.flac": "FLAC, 16 bit"}
+FILES = {"hour.mp3": "MP3, 192 kbit/s", "hour.flac": "FLAC, 16 bit"}
 
 
 def draw():
@@ -65,7 +65,7 @@ def resample():
         node.returns = None
         for a in node.args.args:
             a.annotation = None
-    space = {"torch": torch, "math": math, "Tensor": torch.Tensor}
+    space = {"torch": torch, "math": math, "Tensor": torch.Tensor, "_CPU": torch.device("cpu")}
     exec(compile(ast.Module(found, []), str(path), "exec"), space)
     return space["resample"]
 
