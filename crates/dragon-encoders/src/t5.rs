@@ -344,7 +344,7 @@ impl FeedForward {
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Relu { wi, wo } => wo.forward(&wi.forward(x)?.relu()?),
+            Self::Relu { wi, wo } => wo.forward(&dragon_nn::relu(&wi.forward(x)?)?),
             Self::GatedGelu { wi_0, wi_1, wo } => {
                 wo.forward(&(dragon_nn::gelu_tanh(&wi_0.forward(x)?)? * wi_1.forward(x)?)?)
             }

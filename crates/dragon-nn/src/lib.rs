@@ -43,7 +43,7 @@ pub mod lora;
 mod modules;
 mod params;
 
-pub use activation::{elu, gelu, gelu_tanh, leaky_relu, silu, softmax_last};
+pub use activation::{elu, gelu, gelu_tanh, leaky_relu, relu, silu, softmax_last};
 pub use ada_layer_norm::ada_layer_norm;
 pub use adamw::{AdamW, AdamWConfig};
 pub use attention::{attention, attention_cached};

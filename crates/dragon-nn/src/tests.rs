@@ -250,6 +250,7 @@ fn element_wise_operations_are_right() {
         check(&x, |t| gelu(&t[0]), |t| activation::plain::gelu(&t[0]));
         check(&x, |t| gelu_tanh(&t[0]), |t| activation::plain::gelu_tanh(&t[0]));
         check(&x, |t| silu(&t[0]), |t| activation::plain::silu(&t[0]));
+        check(&x, |t| relu(&t[0]), |t| activation::plain::relu(&t[0]));
         check(&x, |t| leaky_relu(&t[0], 0.2), |t| activation::plain::leaky_relu(&t[0], 0.2));
         check(&x, |t| elu(&t[0]), |t| activation::plain::elu(&t[0]));
         check(&x, |t| softmax_last(&t[0]), |t| activation::plain::softmax_last(&t[0]));

@@ -12,6 +12,7 @@ pub(crate) enum Activation {
     Gelu,
     GeluTanh,
     Silu,
+    Relu,
     LeakyRelu(f64),
     Elu,
 }
@@ -46,6 +47,7 @@ impl Activation {
             Activation::Gelu => map(x, |x| x * phi(x)),
             Activation::GeluTanh => map(x, |x| x * phi_tanh(x)),
             Activation::Silu => map(x, |x| x * x.sigmoid()),
+            Activation::Relu => map(x, |x| if x < T::ZERO { T::ZERO } else { x }), // NaN stays
             Activation::LeakyRelu(slope) => {
                 let slope = T::of(slope);
                 map(x, move |x| if x > T::ZERO { x } else { x * slope })
@@ -72,6 +74,7 @@ impl Activation {
                 let s = x.sigmoid();
                 g * s * (x * (T::ONE - s) + T::ONE)
             }),
+            Activation::Relu => map2(x, g, |x, g| if x > T::ZERO { g } else { T::ZERO }),
             Activation::LeakyRelu(slope) => {
                 let slope = T::of(slope);
                 map2(x, g, move |x, g| if x > T::ZERO { g } else { g * slope })

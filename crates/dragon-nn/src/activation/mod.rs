@@ -31,6 +31,14 @@ pub fn silu(x: &Tensor) -> Result<Tensor> {
     if fast(&[x]) { cpu::apply(x, Activation::Silu) } else { plain::silu(x) }
 }
 
+/// `x` where positive, else 0.
+///
+/// # Errors
+/// If `x` is not of a float dtype.
+pub fn relu(x: &Tensor) -> Result<Tensor> {
+    if fast(&[x]) { cpu::apply(x, Activation::Relu) } else { plain::relu(x) }
+}
+
 /// `x` where positive, else `slope · x`.
 ///
 /// # Errors

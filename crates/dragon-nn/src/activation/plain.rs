@@ -14,6 +14,10 @@ pub(crate) fn silu(x: &Tensor) -> Result<Tensor> {
     x.silu()
 }
 
+pub(crate) fn relu(x: &Tensor) -> Result<Tensor> {
+    x.relu()
+}
+
 pub(crate) fn leaky_relu(x: &Tensor, slope: f64) -> Result<Tensor> {
     x.relu()? - (x.neg()?.relu()? * slope)?
 }
