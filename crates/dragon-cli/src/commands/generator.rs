@@ -142,7 +142,7 @@ impl Generator {
     /// All that its songs depend on, but the files of the model.
     ///
     /// # Errors
-    /// Never: the settings are plain tables.
+    /// If a setting has no form in TOML.
     pub fn settings(&self) -> Result<Table> {
         let mut table = match self {
             Self::Diffusion(config) => Table::try_from(config)?,
