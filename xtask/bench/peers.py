@@ -66,6 +66,15 @@ def environment(script, *more):
     os.execv(str(python), [str(python), script, *sys.argv[1:]])
 
 
+def example(name, command):
+    """Our side, which `command` builds before it starts the script."""
+    target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+    binary = target / "release" / "examples" / name
+    if not binary.exists():
+        sys.exit(f"error: `{binary}` is missing; start this script with `{command}`")
+    return binary
+
+
 def output(*command):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -380,10 +389,7 @@ def main():
     if args.serve:
         return serve_torch(args.threads)
 
-    target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
-    binary = target / "release" / "examples" / "peers"
-    if not binary.exists():
-        sys.exit(f"error: `{binary}` is missing; start this script with `cargo xtask bench --peers`")
+    binary = example("peers", "cargo xtask bench --peers")
     ours = [str(binary)]
     theirs = [sys.executable, __file__, "--serve", "--threads", str(args.threads)]
     sides = [Side(ours, args.threads), Side(theirs, args.threads)]

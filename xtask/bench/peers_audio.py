@@ -13,7 +13,6 @@ import argparse
 import ast
 import importlib.util
 import math
-import os
 import pathlib
 import sys
 import time
@@ -101,10 +100,7 @@ def main():
         return serve()
     draw()
 
-    target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
-    binary = target / "release" / "examples" / "peers_audio"
-    if not binary.exists():
-        sys.exit(f"error: `{binary}` is missing; start this script with `cargo xtask bench --peers audio`")
+    binary = peers.example("peers_audio", "cargo xtask bench --peers audio")
     sides = [peers.Side([str(binary), str(DATA), str(RATE)], 1), peers.Side([sys.executable, __file__, "--serve"], 1)]
     files = [name for name in FILES if args.only in name]
     best = {name: [float("inf")] * 2 for name in files}

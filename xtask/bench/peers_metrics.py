@@ -190,10 +190,7 @@ def main():
         return serve()
     draw()
 
-    target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
-    binary = target / "release" / "examples" / "peers_metrics"
-    if not binary.exists():
-        sys.exit(f"error: `{binary}` is missing; start this script with `cargo xtask bench --peers metrics`")
+    binary = peers.example("peers_metrics", "cargo xtask bench --peers metrics")
     ours = [str(binary), str(statistics()), str(DATA)]
     theirs = [sys.executable, __file__, "--serve"]
     sides = {threads: (peers.Side(ours, threads), peers.Side(theirs, threads)) for threads in (1, 2)}

@@ -179,10 +179,7 @@ def main():
 
     from safetensors.torch import save_file
 
-    target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
-    binary = target / "release" / "examples" / "peers_models"
-    if not binary.exists():
-        sys.exit(f"error: `{binary}` is missing; start this script with `cargo xtask bench --peers models`")
+    binary = peers.example("peers_models", "cargo xtask bench --peers models")
     folder = parity.WORK / "inputs"
     folder.mkdir(parents=True, exist_ok=True)
     commands = {}

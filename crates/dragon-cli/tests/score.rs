@@ -476,4 +476,8 @@ fn a_model_answers_prompts_and_is_scored_like_its_songs() {
     ] {
         refused(dir, &command, &[part]);
     }
+    // The same ids with other captions are other songs.
+    let text = std::fs::read_to_string(dir.join("prompts.jsonl")).unwrap();
+    std::fs::write(dir.join("prompts.jsonl"), text.replace("a harp, 0", "a flute, 0")).unwrap();
+    refused(dir, &command, &["made otherwise"]);
 }

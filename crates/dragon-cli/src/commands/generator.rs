@@ -61,7 +61,9 @@ struct MusicGenSampler {
 /// A model folder that others have published.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Published {
+    /// Stable Audio Open.
     StableAudio,
+    /// MusicGen.
     MusicGen,
 }
 

@@ -121,7 +121,7 @@ impl Planned {
     /// Checks that the folder has no songs of something else, and gives the text for [`Self::noted`].
     fn check(&self, songs: &[Prompt]) -> Result<String> {
         let mut state = self.model.state(&self.generator, self.seed)?;
-        let songs: Vec<_> = songs.iter().map(|song| toml::Value::from(song.id.clone())).collect();
+        let songs: Table = songs.iter().map(|song| (song.id.clone(), song.caption.clone().into())).collect();
         state.insert("songs".into(), songs.into());
         let state = toml::to_string(&state)?;
         match std::fs::read_to_string(self.noted()) {

@@ -94,7 +94,6 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
         overrides.push(format!("metrics=[{}]", names.join(", ")));
     }
     let config: ScoreConfig = settings::resolve("score/default", args.config.path(), &overrides)?;
-    config.check()?;
     let reference = args.reference.as_deref().map(settings::path);
     let prompts = args.prompts.as_deref().map(settings::path);
     let mut ctx = context(args.out, false, stop);
