@@ -20,6 +20,7 @@ pub const PRESETS: &[(&str, &str)] = &[
     ("eval/stable-audio", include_str!("../presets/eval/stable-audio.toml")),
     ("pretrain/vae", include_str!("../presets/pretrain/vae.toml")),
     ("pretrain/vae-decoder", include_str!("../presets/pretrain/vae-decoder.toml")),
+    ("pretrain/vae-joint", include_str!("../presets/pretrain/vae-joint.toml")),
     ("pretrain/clap", include_str!("../presets/pretrain/clap.toml")),
     ("pretrain/dit", include_str!("../presets/pretrain/dit.toml")),
     ("generate/default", include_str!("../presets/generate/default.toml")),

@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 /// The presets in the order of the documentation, with the command that reads each.
-const PRESETS: [(&str, &str); 21] = [
+const PRESETS: &[(&str, &str)] = &[
     ("finetune/per-song-fad", "dragon finetune"),
     ("finetune/clap-score", "dragon finetune --preset clap-score"),
     ("finetune/per-song-fad-text", "dragon finetune --preset per-song-fad-text"),
@@ -27,6 +27,7 @@ const PRESETS: [(&str, &str); 21] = [
     ("data/import", "dragon data import"),
     ("pretrain/vae", "dragon pretrain vae"),
     ("pretrain/vae-decoder", "dragon pretrain vae-decoder"),
+    ("pretrain/vae-joint", "dragon pretrain vae-joint"),
     ("pretrain/clap", "dragon pretrain clap"),
     ("pretrain/dit", "dragon pretrain dit"),
 ];

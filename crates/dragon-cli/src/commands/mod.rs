@@ -33,7 +33,7 @@ pub enum Command {
     Data(data::Command),
     /// Download a published model: CLAP, T5, Stable Audio Open, codecs, MusicGen
     Fetch(fetch::Args),
-    /// Train the parts of a text-to-music model: vae, vae-decoder, clap, dit
+    /// Train the parts of a text-to-music model: vae, vae-decoder, vae-joint, clap, dit
     Pretrain(pretrain::Args),
     /// Put trained parts together into one model folder, weights in f16
     Pack(pack::Args),

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::{ConfigArgs, RunArgs, context};
 use crate::settings;
 
-/// Train the parts of a text-to-music model: vae, vae-decoder, clap, dit
+/// Train the parts of a text-to-music model: vae, vae-decoder, vae-joint, clap, dit
 ///
 /// A DiT is trained on the latents of a trained VAE, together with its text encoder.
 #[derive(clap::Args)]
@@ -24,6 +24,7 @@ Examples:
   dragon pretrain vae --set 'vae.manifests=[\"data/scores/manifest.jsonl\"]' --out runs/vae
   dragon pretrain vae --set vae.init=builtin:tiny/vae     start from the shipped weights (same `vae.model`)
   dragon pretrain vae-decoder --set vae.init=runs/vae/model
+  dragon pretrain vae-joint                                  from runs/pretrain-vae-decoder/model
   dragon pretrain dit --set data.manifest=data/scores/manifest.jsonl --set data.vae=runs/vae/model
   dragon pretrain dit --resume                               continue where it stopped")]
 pub struct Args {
@@ -45,6 +46,8 @@ enum What {
     Vae,
     /// The decoder of a trained VAE once more, against discriminators; latents stay as they are
     VaeDecoder,
+    /// Both once more, against discriminators, towards latents of few nats
+    VaeJoint,
     /// Audio and text into a common space
     Clap,
     /// The diffusion transformer and its text encoder
@@ -72,6 +75,7 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     let name = match args.what {
         What::Vae => "pretrain/vae",
         What::VaeDecoder => "pretrain/vae-decoder",
+        What::VaeJoint => "pretrain/vae-joint",
         What::Clap => "pretrain/clap",
         What::Dit => "pretrain/dit",
     };
@@ -81,7 +85,7 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     let (file, overrides) = (args.config.path(), args.config.overrides());
     // The lock and the refusal to overwrite a run come before any clip is read.
     let outcome = match args.what {
-        What::Vae | What::VaeDecoder => {
+        What::Vae | What::VaeDecoder | What::VaeJoint => {
             let config: Vae = settings::resolve(name, file, &overrides)?;
             config.vae.check()?;
             config.run.check()?;
