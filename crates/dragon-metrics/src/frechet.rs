@@ -15,12 +15,12 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use faer::{Mat, MatRef, Scale, Side};
+use faer::{Mat, MatMut, MatRef, Scale, Side};
 use rayon::prelude::*;
 
 use crate::linalg::{
-    add_gram_lower, gram_lower, lower_product, mirror_lower, product, sum_of_roots, symmetric_eigen,
-    symmetric_eigenvalues,
+    add_gram_lower, gram_lower, mirror_lower, product, product_into, sum_of_roots, symmetric_eigen,
+    symmetric_eigenvalues, upper_product_into,
 };
 use crate::rows::{add, dot, view};
 use crate::{Error, GaussianStats, Result, Rows};
@@ -63,11 +63,11 @@ pub fn per_song_fad(reference: &FrechetReference, songs: &[&Rows]) -> Result<Vec
 #[derive(Debug, Clone)]
 pub struct FrechetReference {
     mean: Vec<f64>,
-    /// `L [D, r]` with `S = L Lᵀ`: Cholesky's factor; where `S` is nearly singular, eigenvectors times roots of
-    /// eigenvalues, or `Rᵀ` of a QR decomposition of the centred rows; or the rows themselves when they are fewer than D.
-    /// (`R = S^½ = L Vᵀ` gives the same eigenvalues, since V is orthogonal.)
+    /// `R [r, D]` with `S = Rᵀ R`: Cholesky's factor; where `S` is nearly singular, roots of eigenvalues times
+    /// eigenvectors, or `R` of a QR decomposition of the centred rows; or the rows themselves when they are fewer than D.
+    /// (Any of them is `V S^½` with orthogonal `V`, and gives the same eigenvalues.)
     factor: Mat<f64>,
-    /// Whether `factor` is lower triangular, which halves the work of a projection.
+    /// Whether `factor` is upper triangular, which halves the work of a projection.
     triangular: bool,
     trace: f64,
     rank: usize,
@@ -96,7 +96,7 @@ impl FrechetReference {
             return Err(Error::NotPositive { smallest, largest });
         }
         let kept: Vec<usize> = (dim - stats.rank_bound()..dim).filter(|&k| values[k] > 0.0).collect();
-        let factor = Mat::from_fn(dim, kept.len(), |i, k| vectors[(i, kept[k])] * values[kept[k]].sqrt());
+        let factor = Mat::from_fn(kept.len(), dim, |k, i| vectors[(i, kept[k])] * values[kept[k]].sqrt());
         let (trace, rank) = (stats.trace(), kept.len());
         Ok(Self { mean: stats.mean().to_vec(), factor, triangular: false, trace, rank })
     }
@@ -118,7 +118,7 @@ impl FrechetReference {
             let root = (1.0 / (n as f64 - 1.0)).sqrt();
             let qr = view(&centered, n, dim).qr();
             let r = qr.R();
-            let factor = Mat::from_fn(dim, dim, |i, k| if i < k { 0.0 } else { r[(k, i)] * root });
+            let factor = Mat::from_fn(dim, dim, |k, i| if i < k { 0.0 } else { r[(k, i)] * root });
             let (trace, rank) = (dot(&centered, &centered) * root * root, (rows.unique() - 1).min(dim));
             return Ok(Self { mean: stats.mean().to_vec(), factor, triangular: true, trace, rank });
         }
@@ -129,7 +129,7 @@ impl FrechetReference {
         let centered = rows.centered(&mean);
         let scale = 1.0 / (n as f64 - 1.0);
         let root = scale.sqrt();
-        let factor = Mat::from_fn(dim, n, |i, k| centered[k * dim + i] * root);
+        let factor = Mat::from_fn(n, dim, |k, i| centered[k * dim + i] * root);
         let trace = dot(&centered, &centered) * scale;
         Ok(Self { mean, factor, triangular: false, trace, rank: rows.unique() - 1 })
     }
@@ -174,12 +174,12 @@ impl FrechetReference {
         let keep = stats.rank_bound().min(self.rank);
         let mut cross = 0.0;
         if keep > 0 {
-            let half = self.project(view(stats.cov(), dim, dim)); // [D, r]
-            let whole = product(self.factor.transpose(), half.as_ref()); // [r, r]
+            let half = self.project(view(stats.cov(), dim, dim)); // [r, D]
+            let whole = self.project(half.as_ref()); // [r, r]
             let values = symmetric_eigenvalues(whole.as_ref())?;
             cross = roots_or(&values, keep, || {
                 let other = FrechetReference::new(stats)?;
-                Ok(product(other.factor.transpose(), self.factor.as_ref())) // singular values: roots of `whole`'s
+                Ok(product(other.factor.as_ref(), self.factor.transpose())) // singular values: roots of `whole`'s
             })?;
         }
         Ok(self.combine(stats.mean(), stats.trace(), cross))
@@ -194,14 +194,14 @@ impl FrechetReference {
         }
         let mean = rows.mean()?;
         let scale = 1.0 / (n as f64 - 1.0);
-        let (dim, r) = (rows.dim(), self.factor.ncols());
+        let (dim, r) = (rows.dim(), self.factor.nrows());
         let keep = (rows.unique() - 1).min(self.rank);
         if keep == 0 || n <= r {
             let centered = rows.centered(&mean);
             let mut cross = 0.0;
             if keep > 0 {
-                let y = self.project(view(&centered, n, dim)); // [n, r]
-                let values = symmetric_eigenvalues(gram_lower(y.as_ref(), scale).as_ref())?;
+                let y = self.project(view(&centered, n, dim)); // [r, n]
+                let values = symmetric_eigenvalues(gram_lower(y.transpose(), scale).as_ref())?;
                 cross = roots_or(&values, keep, || Ok(&y * Scale(scale.sqrt())))?;
             }
             return Ok((mean, dot(&centered, &centered) * scale, cross));
@@ -215,8 +215,8 @@ impl FrechetReference {
                 .chunks_exact(dim)
                 .for_each(|row| centered.extend(row.iter().zip(&mean).map(|(x, m)| x - m)));
             square += dot(&centered, &centered);
-            let y = self.project(view(&centered, block.len() / dim, dim)); // [block, r]
-            add_gram_lower(gram.as_mut(), y.transpose(), scale);
+            let y = self.project(view(&centered, block.len() / dim, dim)); // [r, block]
+            add_gram_lower(gram.as_mut(), y.as_ref(), scale);
         }
         let cross = roots_or(&symmetric_eigenvalues(gram.as_ref())?, keep, || {
             Ok(self.project(view(&rows.centered(&mean), n, dim)) * Scale(scale.sqrt()))
@@ -224,11 +224,17 @@ impl FrechetReference {
         Ok((mean, square * scale, cross))
     }
 
-    /// `x L`, `[n, r]`.
+    /// `R xᵀ`, `[r, n]`, of the rows of `x [n, D]`.
     fn project(&self, x: MatRef<'_, f64>) -> Mat<f64> {
+        let mut out = Mat::zeros(self.factor.nrows(), x.nrows());
+        self.project_into(out.as_mut(), x);
+        out
+    }
+
+    fn project_into(&self, out: MatMut<'_, f64>, x: MatRef<'_, f64>) {
         match self.triangular {
-            true => lower_product(x, self.factor.as_ref()),
-            false => product(x, self.factor.as_ref()),
+            true => upper_product_into(out, self.factor.as_ref(), x.transpose()),
+            false => product_into(out, self.factor.as_ref(), x.transpose()),
         }
     }
 
@@ -249,22 +255,18 @@ impl FrechetReference {
     }
 }
 
-/// Cholesky's factor, lower triangular, unless a pivot is so small that the covariance may be singular.
+/// Cholesky's factor, upper triangular, unless a pivot is so small that the covariance may be singular.
 fn cholesky(stats: &GaussianStats) -> Option<Mat<f64>> {
     let dim = stats.dim();
     if stats.rank_bound() < dim {
         return None;
     }
-    let factor = view(stats.cov(), dim, dim).llt(Side::Lower).ok()?.L().to_owned();
+    let llt = view(stats.cov(), dim, dim).llt(Side::Lower).ok()?;
+    let factor = llt.L();
     let pivots = || (0..dim).map(|i| factor[(i, i)].powi(2));
     let (smallest, largest) = (pivots().fold(f64::INFINITY, f64::min), pivots().fold(0.0, f64::max));
-    (smallest > SMALLEST_PIVOT * largest).then(|| {
-        let mut factor = factor;
-        for k in 1..dim {
-            factor.col_as_slice_mut(k)[..k].fill(0.0);
-        }
-        factor
-    })
+    (smallest > SMALLEST_PIVOT * largest)
+        .then(|| Mat::from_fn(dim, dim, |k, i| if i < k { 0.0 } else { factor[(i, k)] }))
 }
 
 /// Sum of the singular values of `Y`: roots of the eigenvalues of its Gram matrix, of which `keep` are not rounding; by a
@@ -323,18 +325,14 @@ impl<'a> FrechetPool<'a> {
             }
         }
         let all = Rows::concat(songs)?;
-        let (n, dim, r) = (all.n(), all.dim(), reference.factor.ncols());
+        let (n, dim, r) = (all.n(), all.dim(), reference.factor.nrows());
         let center = all.mean()?;
         let centered = all.centered(&center);
         let mut y = vec![0.0; n * r];
         // Blocks of rows, so that a large pool projects on all threads; each block's result is its own.
         y.par_chunks_mut((256 * r).max(1)).zip(centered.par_chunks(256 * dim)).for_each(|(y, x)| {
-            let block = reference.project(view(x, x.len() / dim, dim));
-            for (i, row) in y.chunks_exact_mut(r).enumerate() {
-                for (k, v) in row.iter_mut().enumerate() {
-                    *v = block[(i, k)];
-                }
-            }
+            let n = x.len() / dim;
+            reference.project_into(MatMut::from_column_major_slice_mut(y, r, n), view(x, n, dim));
         });
         let mut ranges = Vec::with_capacity(songs.len());
         let (mut sums, mut squares, mut y_sums) = (Vec::new(), Vec::new(), Vec::new());
@@ -397,7 +395,7 @@ impl<'a> FrechetPool<'a> {
     }
 
     fn r(&self) -> usize {
-        self.reference.factor.ncols()
+        self.reference.factor.nrows()
     }
 
     fn plan(&self, members: &[usize]) -> Result<Plan> {

@@ -12,8 +12,10 @@ use faer::{Accum, Mat, MatMut, MatRef, Par};
 
 use crate::{Error, Result, tridiagonal};
 
-/// Columns of a triangular factor that are multiplied at once.
-const COLUMNS: usize = 64;
+/// Rows of a triangular factor that are multiplied at once: what faer makes in registers, so that few zeros are multiplied.
+const STRIP: usize = 24;
+/// Columns of a matrix from which on its rows are copied side by side before its Gram matrix is made.
+const COPY_FROM: usize = 64;
 /// Rows of a product that are made at once: what belongs to them stays in the cache (a quarter of the time at 1000 rows).
 /// A multiple of what faer makes in registers.
 pub(crate) const TILE: usize = 48;
@@ -97,26 +99,26 @@ pub(crate) fn product_into(mut out: MatMut<'_, f64>, a: MatRef<'_, f64>, b: MatR
     }
 }
 
-/// `a * l` where `l` is lower triangular with zeros above: half of the work of [`product`].
-pub fn lower_product(a: MatRef<'_, f64>, l: MatRef<'_, f64>) -> Mat<f64> {
-    let mut out = Mat::zeros(a.nrows(), l.ncols());
-    let dim = l.nrows();
-    for start in (0..a.nrows()).step_by(TILE) {
-        let rows = TILE.min(a.nrows() - start);
-        for first in (0..dim).step_by(COLUMNS) {
-            let columns = COLUMNS.min(dim - first);
-            let l = l.submatrix(first, first, dim - first, columns);
-            let a = a.submatrix(start, first, rows, dim - first);
-            let to = out.as_mut().submatrix_mut(start, first, rows, columns);
-            matmul(to, Accum::Replace, a, l, 1.0, Par::Seq);
-        }
+/// `u * b` into `out`, where `u` is upper triangular with zeros below: half of the work of [`product`].
+pub fn upper_product_into(mut out: MatMut<'_, f64>, u: MatRef<'_, f64>, b: MatRef<'_, f64>) {
+    let dim = u.nrows();
+    for first in (0..dim).step_by(STRIP) {
+        let (rows, depth) = (STRIP.min(dim - first), dim - first);
+        let to = out.rb_mut().subrows_mut(first, rows);
+        matmul(
+            to,
+            Accum::Replace,
+            u.submatrix(first, first, rows, depth),
+            b.subrows(first, depth),
+            1.0,
+            Par::Seq,
+        );
     }
-    out
 }
 
 /// Lower triangle of `acc + alpha * a * aᵀ`, in place; the upper triangle is left as it is.
 pub fn add_gram_lower(mut acc: MatMut<'_, f64>, a: MatRef<'_, f64>, alpha: f64) {
-    if a.nrows() < COLUMNS || a.row_stride() != 1 {
+    if a.nrows() < COPY_FROM || a.row_stride() != 1 {
         return add_gram_lower_by_rows(acc, a, alpha);
     }
     // faer takes rows that lie side by side in memory twice as fast as columns that do.
@@ -198,10 +200,10 @@ mod tests {
 
     #[test]
     fn products_in_tiles_are_the_products_whatever_the_layout() {
-        // Above and below a tile (48), a block (256) and the columns of a factor (64).
-        for (n, k) in [(1, 1), (20, 7), (70, 64), (100, 65), (90, 300), (130, 130)] {
+        // Above and below a strip (24), a tile (48), what is copied (64) and a block (256).
+        for (n, k) in [(1, 1), (20, 7), (25, 24), (70, 64), (100, 65), (90, 300), (130, 130)] {
             let (a, b) = (random(1, n, k), random(2, k, k));
-            let lower = Mat::from_fn(k, k, |i, j| if i < j { 0.0 } else { b[(i, j)] });
+            let upper = Mat::from_fn(k, k, |i, j| if i > j { 0.0 } else { b[(i, j)] });
             let by_rows = a.transpose().to_owned();
             let by_rows = by_rows.transpose(); // the same matrix, rows side by side
             let entry = |x: MatRef<'_, f64>, y: MatRef<'_, f64>, i: usize, j: usize| {
@@ -210,12 +212,13 @@ mod tests {
             let close =
                 |got: f64, want: f64| assert!((got - want).abs() < 1e-12, "{n} x {k}: {got}, want {want}");
             for x in [a.as_ref(), by_rows] {
-                let (whole, half, gram) =
-                    (product(x, b.as_ref()), lower_product(x, lower.as_ref()), gram_lower(x, 0.5));
+                let (whole, gram) = (product(x, b.as_ref()), gram_lower(x, 0.5));
+                let mut half = Mat::zeros(k, n);
+                upper_product_into(half.as_mut(), upper.as_ref(), x.transpose());
                 for i in 0..n {
                     for j in 0..k {
                         close(whole[(i, j)], entry(a.as_ref(), b.as_ref(), i, j));
-                        close(half[(i, j)], entry(a.as_ref(), lower.as_ref(), i, j));
+                        close(half[(j, i)], entry(a.as_ref(), upper.transpose(), i, j));
                     }
                     for j in 0..n {
                         let want = if i < j { 0.0 } else { 0.5 * entry(a.as_ref(), a.transpose(), i, j) };
