@@ -21,7 +21,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let start = Instant::now();
     let encoder = ClapEncoder::load(checkpoint, &device)?;
     println!("load_s {:.3}", start.elapsed().as_secs_f64());
-    println!("load_peak_mib {:.0}", peak_mib());
+    println!("load_peak_mib {:.0}", dragon_nn::peak_mib().unwrap_or(0.0));
     println!("weights_mib {:.0}", weights_mib(&encoder)?);
 
     let config = encoder.model.config();
@@ -44,7 +44,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let pooled = encoder.model.text_branch.pool(&states)?;
     let text = rows(encoder.embed_captions(&captions)?)?;
     println!("text_cosine {:.4}", encoder.text_cosine()?);
-    println!("peak_mib {:.0}", peak_mib());
+    println!("peak_mib {:.0}", dragon_nn::peak_mib().unwrap_or(0.0));
 
     let tensors = [
         ("log_mel", log_mel),
@@ -67,13 +67,6 @@ fn faster_of_two(run: impl Fn() -> candle_core::Result<Tensor>) -> candle_core::
     };
     let (first, second) = (timed()?, timed()?);
     Ok(if first.1 < second.1 { first } else { second })
-}
-
-/// Peak of this process's resident memory; 0 where the system does not tell.
-fn peak_mib() -> f64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<f64>().ok()).unwrap_or(0.0) / 1024.0
 }
 
 fn weights_mib(encoder: &ClapEncoder) -> candle_core::Result<f64> {

@@ -69,7 +69,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let Embeddings { n, dim, data } = codec.embed_clip(&song.to_vec1::<f32>()?, &Setting::Frames)?;
         tensors.insert("rows".into(), Tensor::from_vec(data, (n, dim), &device)?);
     }
-    println!("peak_mib {:.0}", peak_mib());
+    println!("peak_mib {:.0}", dragon_nn::peak_mib().unwrap_or(0.0));
     Ok(dragon_nn::write_safetensors(out, &tensors, &BTreeMap::new())?)
 }
 
@@ -87,11 +87,4 @@ fn faster_of_two(
     }
     println!("{name} {fastest:.3}");
     Ok(last.expect("two passes were made"))
-}
-
-/// Peak of this process's resident memory; 0 where the system does not tell.
-fn peak_mib() -> f64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<f64>().ok()).unwrap_or(0.0) / 1024.0
 }

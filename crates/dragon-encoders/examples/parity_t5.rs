@@ -26,7 +26,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let start = Instant::now();
     let encoder = T5Encoder::load(folder, dtype, &device)?;
     println!("load_s {:.3}", start.elapsed().as_secs_f64());
-    println!("load_peak_mib {:.0}", peak_mib());
+    println!("load_peak_mib {:.0}", dragon_nn::peak_mib().unwrap_or(0.0));
     println!("weights_mib {:.0}", weights_mib(&encoder, dtype));
     let tokenizer = Tokenizer::load(std::path::Path::new(folder).join("tokenizer.json"))?;
     let texts = std::fs::read_to_string(texts)?;
@@ -47,13 +47,6 @@ fn faster_of_two(run: impl Fn() -> Result<Tensor>) -> Result<(Tensor, f64)> {
     };
     let (first, second) = (timed()?, timed()?);
     Ok(if first.1 < second.1 { first } else { second })
-}
-
-/// Peak of this process's resident memory; 0 where the system does not tell.
-fn peak_mib() -> f64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<f64>().ok()).unwrap_or(0.0) / 1024.0
 }
 
 /// By the config: table, attention, feed-forward; norms and bias tables are too small to count.

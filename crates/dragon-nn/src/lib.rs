@@ -10,7 +10,7 @@
 //!   [`write_safetensors`] keeps them.
 //! - [`Checkpoint`]: weights that others have published, memory-mapped; [`Loader`] builds a model on them.
 //! - [`backward()`]: candle's backward pass without its detours for parameters.
-//! - [`Rng`]: noise that is the same on every machine.
+//! - [`Rng`]: noise that is the same on every machine; [`peak_mib`]: what a run needs.
 //!
 //! Activations are channels-last and contiguous, `[B, T, C]`; weights keep the layout of PyTorch's checkpoints.
 
@@ -68,6 +68,13 @@ pub use swiglu::{swiglu, swiglu_value_first};
 pub use swiglu_feed_forward::swiglu_feed_forward;
 
 use candle_core::{DType, Result, Tensor};
+
+/// Largest resident memory of this process so far, MiB; `None` where the system does not tell.
+pub fn peak_mib() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().trim_end_matches(" kB").parse::<f64>().ok()? / 1024.0)
+}
 
 /// Whether a tensor is bf16 or f16: sums of some hundred terms stop growing in these, so that norms and softmax are
 /// computed in f32, as PyTorch does.

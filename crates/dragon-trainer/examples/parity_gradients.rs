@@ -65,7 +65,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "dpo" => (LossConfig::Dpo { beta }, sigmas.len() / 2),
         _ => (LossConfig::Kto { beta, weight_plus: 1.0, weight_minus: 1.0 }, sigmas.len()),
     };
-    println!("peak_before_mib {:.0}", peak_mib());
+    println!("peak_before_mib {:.0}", dragon_nn::peak_mib().unwrap_or(0.0));
     // The first pass finds memory and threads cold.
     let mut seconds = f64::INFINITY;
     let mut last = None;
@@ -87,7 +87,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let (errors, value, grads) = last.ok_or("no pass")?;
     println!("step_s {seconds:.3}");
-    println!("peak_mib {:.0}", peak_mib());
+    println!("peak_mib {:.0}", dragon_nn::peak_mib().unwrap_or(0.0));
     let mut tensors = BTreeMap::from([
         ("policy".to_owned(), errors.policy.detach()),
         ("reference".to_owned(), errors.reference.detach()),
@@ -110,11 +110,4 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// The number of the block that a tensor belongs to.
 fn block(name: &str) -> Option<usize> {
     name.strip_prefix("transformer_blocks.")?.split('.').next()?.parse().ok()
-}
-
-/// Peak of this process's resident memory; 0 where the system does not tell.
-fn peak_mib() -> f64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<f64>().ok()).unwrap_or(0.0) / 1024.0
 }

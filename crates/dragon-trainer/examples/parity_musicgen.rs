@@ -26,7 +26,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let start = Instant::now();
     let pipeline = Pipeline::load(Path::new(folder), &Device::Cpu)?;
     println!("load_s {:.3}", start.elapsed().as_secs_f64());
-    println!("load_peak_mib {:.0}", peak_mib());
+    println!("load_peak_mib {:.0}", dragon_nn::peak_mib().unwrap_or(0.0));
     let model = &pipeline.model;
     let codes = candle_core::safetensors::load(given, &Device::Cpu)?["codes"].to_dtype(DType::U32)?;
     let prompts = std::fs::read_to_string(prompts)?;
@@ -58,18 +58,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let start = Instant::now();
     let clips = pipeline.decode(&codes)?;
     println!("decode_s {:.3}", start.elapsed().as_secs_f64());
-    println!("peak_mib {:.0}", peak_mib());
+    println!("peak_mib {:.0}", dragon_nn::peak_mib().unwrap_or(0.0));
     let samples: Vec<f32> = clips.iter().flat_map(|clip| clip.channels[0].clone()).collect();
     let n_samples = samples.len() / n;
     tensors.insert("audio", Tensor::from_vec(samples, (n, 1, n_samples), &Device::Cpu)?);
     let tensors = tensors.into_iter().map(|(name, t)| Ok((name.to_string(), t.to_dtype(DType::F32)?)));
     let tensors: BTreeMap<String, Tensor> = tensors.collect::<candle_core::Result<_>>()?;
     Ok(dragon_nn::write_safetensors(out, &tensors, &BTreeMap::new())?)
-}
-
-/// Peak of this process's resident memory; 0 where the system does not tell.
-fn peak_mib() -> f64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<f64>().ok()).unwrap_or(0.0) / 1024.0
 }

@@ -30,7 +30,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let length = Length { seconds: Some(seconds.parse()?), n_frames: Some(n_frames) };
     let bundle = Bundle::load_for(Path::new(folder), &length, &Device::Cpu)?;
     println!("load_s {:.3}", start.elapsed().as_secs_f64());
-    println!("load_peak_mib {:.0}", peak_mib());
+    println!("load_peak_mib {:.0}", dragon_nn::peak_mib().unwrap_or(0.0));
     let prompts = std::fs::read_to_string(prompts)?;
     let prompts: Vec<&str> = prompts.lines().collect();
     let guidance = Guidance::cfg(scale.parse()?);
@@ -65,7 +65,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let start = Instant::now();
     let encoded = bundle.vae.encode(&given["audio"])?;
     println!("encode_s {:.3}", start.elapsed().as_secs_f64());
-    println!("peak_mib {:.0}", peak_mib());
+    println!("peak_mib {:.0}", dragon_nn::peak_mib().unwrap_or(0.0));
     tensors.insert("latents".into(), latents);
     tensors.insert("decoded".into(), decoded);
     let std = (encoded.log_var * 0.5)?.exp()?;
@@ -73,11 +73,4 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let tensors = tensors.into_iter().map(|(name, t)| Ok((name, t.to_dtype(DType::F32)?)));
     let tensors: BTreeMap<String, Tensor> = tensors.collect::<candle_core::Result<_>>()?;
     Ok(dragon_nn::write_safetensors(out, &tensors, &BTreeMap::new())?)
-}
-
-/// Peak of this process's resident memory; 0 where the system does not tell.
-fn peak_mib() -> f64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<f64>().ok()).unwrap_or(0.0) / 1024.0
 }

@@ -213,13 +213,6 @@ fn case(name: &str) -> Result<Case> {
     }
 }
 
-/// Peak resident memory of this process in MiB; 0 where the system does not tell.
-fn peak_mib() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap_or_default();
-    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0) / 1024
-}
-
 fn main() -> Result<()> {
     // As in the `dragon` binary.
     rayon::ThreadPoolBuilder::new().use_current_thread().build_global().map_err(candle_core::Error::wrap)?;
@@ -239,7 +232,7 @@ fn main() -> Result<()> {
             best = best.min(begin.elapsed().as_secs_f64());
             n_runs += 1;
         }
-        println!("{name} {best} {} {n_parameters}", peak_mib());
+        println!("{name} {best} {:.0} {n_parameters}", dragon_nn::peak_mib().unwrap_or(0.0));
         std::io::stdout().flush().map_err(candle_core::Error::wrap)?;
     }
     Ok(())

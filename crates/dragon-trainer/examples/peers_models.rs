@@ -48,7 +48,7 @@ fn main() -> std::result::Result<(), Anything> {
         best = best.min(start.elapsed().as_secs_f64());
     }
     let mean = result.to_dtype(DType::F32)?.abs()?.mean_all()?.to_scalar::<f32>()?;
-    println!("{best} {} {mean}", peak_mib());
+    println!("{best} {:.0} {mean}", dragon_nn::peak_mib().unwrap_or(0.0));
     Ok(())
 }
 
@@ -156,11 +156,4 @@ fn step(adapters: bool, path: &Path, given: Given) -> std::result::Result<Pass, 
         }
         Ok(errors.policy.detach())
     }))
-}
-
-/// Peak of this process's resident memory; 0 where the system does not tell.
-fn peak_mib() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap_or_default();
-    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0) / 1024
 }

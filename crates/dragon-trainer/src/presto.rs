@@ -94,13 +94,6 @@ impl Presto {
     }
 
     fn done(&mut self, what: &str, start: Instant) {
-        self.steps.push((what.to_owned(), start.elapsed().as_secs_f64(), peak_mib()));
+        self.steps.push((what.to_owned(), start.elapsed().as_secs_f64(), dragon_nn::peak_mib()));
     }
-}
-
-/// Largest resident memory of this process so far, MiB; `None` where the system does not tell.
-pub fn peak_mib() -> Option<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    Some(line.trim().trim_end_matches(" kB").parse::<f64>().ok()? / 1024.0)
 }

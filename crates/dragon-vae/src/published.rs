@@ -5,8 +5,13 @@
 //! Golden test: `oobleck_matches_its_references` in `tests/golden.rs`; the names and shapes of the whole model:
 //! `stable_audio_open_asks_for_the_published_tensors`.
 
-use crate::config::{Config, Design, Output};
+use std::path::Path;
+
+use dragon_nn::Checkpoint;
 use serde_json::Value;
+
+use crate::config::{Config, Design, Output};
+use crate::vae::{Error, read_json};
 
 /// Who wrote the files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -172,6 +177,26 @@ fn oobleck(
     };
     config.validate()?;
     Ok(config)
+}
+
+/// A codec's config and weights: of a folder with a `config.json`, else of a file whose tensors tell the config.
+pub(crate) fn open<C>(
+    path: &Path,
+    read_config: fn(&Value) -> Result<C, String>,
+    config_of: fn(&Checkpoint) -> Result<C, String>,
+) -> Result<(C, Checkpoint), Error> {
+    let refuse = |path: &Path| {
+        let path = path.to_path_buf();
+        move |message| Error::Config { path, message }
+    };
+    let config = path.join("config.json");
+    if config.is_file() {
+        let cfg = read_config(&read_json(&config)?).map_err(refuse(&config))?;
+        return Ok((cfg, Checkpoint::open(path).map_err(Box::new)?));
+    }
+    let checkpoint = Checkpoint::open(path).map_err(Box::new)?;
+    let cfg = config_of(&checkpoint).map_err(refuse(checkpoint.path()))?;
+    Ok((cfg, checkpoint))
 }
 
 pub(crate) fn field<'a>(json: &'a Value, key: &str) -> Result<&'a Value, String> {

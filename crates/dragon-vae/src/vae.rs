@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use dragon_nn::{LoadError, Params};
+use serde::de::DeserializeOwned;
 
 use crate::config::{Config, Design};
 use crate::model::{Decoder, Encoder};
@@ -313,7 +314,7 @@ pub enum Error {
 }
 
 /// A JSON file.
-pub(crate) fn read_json(path: &Path) -> std::result::Result<serde_json::Value, Error> {
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> std::result::Result<T, Error> {
     let text =
         std::fs::read_to_string(path).map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
     serde_json::from_str(&text)
@@ -321,10 +322,8 @@ pub(crate) fn read_json(path: &Path) -> std::result::Result<serde_json::Value, E
 }
 
 fn read_config(path: &Path) -> std::result::Result<Config, Error> {
-    let text =
-        std::fs::read_to_string(path).map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
     let refuse = |message: String| Error::Config { path: path.to_path_buf(), message };
-    let cfg: Config = serde_json::from_str(&text).map_err(|e| refuse(e.to_string()))?;
+    let cfg: Config = read_json(path)?;
     cfg.validate().map_err(refuse)?;
     Ok(cfg)
 }

@@ -9,8 +9,8 @@ use dragon_nn::Checkpoint;
 use serde_json::Value;
 
 use super::config::{Config, Norm};
-use crate::published::{field, number, numbers};
-use crate::vae::{Error, read_json};
+use crate::published::{self, field, number, numbers};
+use crate::vae::Error;
 
 /// Which names a file has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,18 +68,7 @@ pub fn is_unneeded(name: &str) -> bool {
 /// # Errors
 /// If a file is missing or damaged, or it is not an EnCodec.
 pub fn open(path: &Path) -> Result<(Config, Checkpoint), Error> {
-    let config = path.join("config.json");
-    let refuse = |path: &Path| {
-        let path = path.to_path_buf();
-        move |message| Error::Config { path, message }
-    };
-    if config.is_file() {
-        let cfg = read_config(&read_json(&config)?).map_err(refuse(&config))?;
-        return Ok((cfg, Checkpoint::open(path).map_err(Box::new)?));
-    }
-    let checkpoint = Checkpoint::open(path).map_err(Box::new)?;
-    let cfg = config_of(&checkpoint).map_err(refuse(checkpoint.path()))?;
-    Ok((cfg, checkpoint))
+    published::open(path, read_config, config_of)
 }
 
 /// The hyperparameters in a `config.json` of Hugging Face.
