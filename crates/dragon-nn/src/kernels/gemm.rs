@@ -5,7 +5,7 @@
 //! points into the activations, or at a row of zeros. Every element is a sum in the order of its depth, whatever the
 //! number of rows, tiles or threads, so results depend on none of these.
 
-use super::real::{Start, Target};
+use super::real::{Ahead, Start, Target};
 use super::{Real, Shared, filled, for_each};
 
 /// Columns of a packed panel.
@@ -240,8 +240,8 @@ pub(crate) unsafe fn product<T: Real>(
     }
     // Taps that follow each other in memory are one longer tap.
     let dense = rows.width == rows.in_stride && rows.taps.windows(2).all(|w| w[1] == w[0] + 1);
-    // A block of rows (96 KiB of f32 at most) stays in the second-level cache while all panels pass over it.
-    let block = (96 * 256 / b.depth.clamp(1, 256) / MR * MR).min(384).min(rows.n_rows.next_multiple_of(MR));
+    // A block of rows (192 KiB of f32 at most) stays in the second-level cache while all panels pass over it.
+    let block = (192 * 256 / b.depth.clamp(1, 256) / MR * MR).min(384).min(rows.n_rows.next_multiple_of(MR));
     let n_blocks = rows.n_rows.div_ceil(block);
     let n_panels = n.div_ceil(NR);
     // Few rows: the panels are split too, so that every thread has work. Fixed by the shape alone.
@@ -283,17 +283,31 @@ pub(crate) unsafe fn product<T: Real>(
                         start,
                     },
                 };
+                let next_panel = b.panel(panel).wrapping_add(PANELS * b.packed.depth * NR + depth.start * NR);
+                let per_tile = depth.len().div_ceil((end - first).div_ceil(MR));
+                let mut wanted = if panel + PANELS < panels.end { depth.len() } else { 0 };
                 let mut row = first;
                 while row < end {
                     // Rows are spread evenly over the tiles left: 8 rows are 4 + 4, not 6 + 2.
                     let left = end - row;
                     let m = left.div_ceil(left.div_ceil(MR));
+                    let part = per_tile.min(wanted);
+                    let ahead = Ahead {
+                        // Below, or the next panel's columns of the first row.
+                        out: match left > m {
+                            true => tile.to.out.wrapping_add((row + m) * rows.out_step),
+                            false => tile.to.out.wrapping_add(first * rows.out_step + PANELS * NR),
+                        },
+                        b: next_panel.wrapping_add((depth.len() - wanted) * NR),
+                        rows: part,
+                    };
+                    wanted -= part;
                     // SAFETY: the caller's contract; tiles write rows and columns of their own.
                     unsafe {
                         if width > NR {
-                            by_rows!(m, M => tile.run::<M, PANELS>(row));
+                            by_rows!(m, M => tile.run::<M, PANELS>(row, ahead));
                         } else {
-                            by_rows!(m, M => tile.run::<M, 1>(row));
+                            by_rows!(m, M => tile.run::<M, 1>(row, ahead));
                         }
                     }
                     row += m;
@@ -320,7 +334,7 @@ struct Tile<'a, T> {
 impl<T: Real> Tile<'_, T> {
     /// # Safety
     /// As [`product`], for rows `row..row + M` and `P` panels.
-    unsafe fn run<const M: usize, const P: usize>(&self, row: usize) {
+    unsafe fn run<const M: usize, const P: usize>(&self, row: usize, ahead: Ahead<T>) {
         let rows = self.rows;
         let in_range = |r: isize| (0..rows.in_rows as isize).contains(&r);
         let base = (row * rows.in_step) as isize;
@@ -340,7 +354,7 @@ impl<T: Real> Tile<'_, T> {
                     let r = base + (i * rows.in_step) as isize + rows.taps[0];
                     self.x.offset(r * rows.in_stride as isize).add(depth.start)
                 });
-                T::tile::<M, P>(std::iter::once((a, depth.len())), 1, b, self.panel, to);
+                T::tile::<M, P>(std::iter::once((a, depth.len())), 1, b, self.panel, to, ahead);
                 return;
             }
             // Tap by tap; a tap's part of the depth may begin or end inside of it.
@@ -361,7 +375,7 @@ impl<T: Real> Tile<'_, T> {
                 });
                 (a, part.len())
             });
-            T::tile::<M, P>(segments, 1, b, self.panel, to);
+            T::tile::<M, P>(segments, 1, b, self.panel, to, ahead);
         }
     }
 }
@@ -509,12 +523,15 @@ pub(crate) unsafe fn weight_gradient<T: Real>(
                 }
                 for panel in panels.step_by(PANELS) {
                     let width = (PANELS * NR).min(n - panel * NR);
-                    let to = Target { out: sum.ptr().add(i * n + panel * NR), step: n, width, start };
+                    let out = sum.ptr().add(i * n + panel * NR);
+                    let to = Target { out, step: n, width, start };
+                    // Tiles follow each other to the right; what is packed is near.
+                    let ahead = Ahead { out: out.wrapping_add(PANELS * NR), b: x, rows: 0 };
                     let b = packed.as_ptr().add((panel * depth + (r0 - first)) * NR);
                     if width > NR {
-                        by_rows!(len, M => gradient_tile::<T, M, PANELS>(&a, k, step, b, depth * NR, to));
+                        by_rows!(len, M => gradient_tile::<T, M, PANELS>(&a, k, step, b, depth * NR, to, ahead));
                     } else {
-                        by_rows!(len, M => gradient_tile::<T, M, 1>(&a, k, step, b, depth * NR, to));
+                        by_rows!(len, M => gradient_tile::<T, M, 1>(&a, k, step, b, depth * NR, to, ahead));
                     }
                 }
             };
@@ -581,7 +598,8 @@ unsafe fn gradient_tile<T: Real, const M: usize, const P: usize>(
     b: *const T,
     panel: usize,
     to: Target<T>,
+    ahead: Ahead<T>,
 ) {
     // SAFETY: the caller's contract.
-    unsafe { T::tile::<M, P>(std::iter::once((std::array::from_fn(|i| a[i]), k)), step, b, panel, to) };
+    unsafe { T::tile::<M, P>(std::iter::once((std::array::from_fn(|i| a[i]), k)), step, b, panel, to, ahead) };
 }

@@ -49,7 +49,7 @@ pub(crate) trait Real:
     ///
     /// # Safety
     /// `a[i]` must be readable at `p * step` for every `p` of its segment, `b` at all that the sum names, and `to` must
-    /// describe `M` rows that may be read and written.
+    /// describe `M` rows that may be read and written. Nothing is asked of `_ahead`.
     #[inline(always)]
     unsafe fn tile<const M: usize, const P: usize>(
         segments: impl Iterator<Item = ([*const Self; M], usize)>,
@@ -57,6 +57,7 @@ pub(crate) trait Real:
         mut b: *const Self,
         panel: usize,
         to: Target<Self>,
+        _ahead: Ahead<Self>,
     ) {
         // SAFETY: the caller's contract.
         unsafe {
@@ -110,6 +111,17 @@ pub(crate) trait Real:
             }
         }
     }
+}
+
+/// What is wanted soon after a tile, so that it comes into the caches meanwhile; addresses that are not there do no harm.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead<T> {
+    /// The columns of the next tile's first row.
+    pub out: *const T,
+    /// Rows of the columns that come next, from here on, a cache line each and panel.
+    pub b: *const T,
+    /// How many.
+    pub rows: usize,
 }
 
 /// What the sums of a tile start from and where they go: rows `step` elements apart, `width` columns of them.
@@ -316,9 +328,24 @@ impl Real for f32 {
         mut b: *const f32,
         panel: usize,
         to: Target<f32>,
+        ahead: Ahead<f32>,
     ) {
         use std::arch::x86_64::*;
         let mask = |q: usize| ((1u32 << to.width.saturating_sub(16 * q).min(16)) - 1) as u16;
+        for i in 0..M {
+            for q in 0..P {
+                let sums = ahead.out.wrapping_add(i * to.step + 16 * q);
+                // SAFETY: a hint, which reads nothing.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(sums as *const i8) };
+            }
+        }
+        for p in 0..ahead.rows {
+            for q in 0..P {
+                let columns = ahead.b.wrapping_add(q * panel + 16 * p);
+                // SAFETY: as above.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(columns as *const i8) };
+            }
+        }
         // SAFETY: the reads and writes are those of the caller's contract; masks cut the rows to their width.
         unsafe {
             let mut sums = [[_mm512_setzero_ps(); P]; M];
