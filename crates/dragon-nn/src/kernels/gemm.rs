@@ -19,7 +19,11 @@ const MR: usize = if cfg!(target_feature = "avx512f") { 8 } else { 6 };
 const PANELS: usize = if cfg!(target_feature = "avx512f") { 2 } else { 1 };
 /// Depth of a product done at a time: long enough to make little of reading and writing the sums, short enough for the
 /// columns of a tile to stay near.
-pub(crate) const KC: usize = if cfg!(target_feature = "avx512f") { 384 } else { 256 };
+pub(crate) const KC: usize = 256;
+/// Elements between the copied rows of a tile: one register of f32 of AVX2.
+const WIDE: usize = 8;
+/// Panels from which on a block's rows are copied side by side.
+const COPY_FROM: usize = 8;
 
 /// Evaluates an expression in which `$m` stands for the number of rows of a tile.
 macro_rules! by_rows {
@@ -253,13 +257,38 @@ pub(crate) unsafe fn product<T: Real>(
         let (example, rest) = (task / (n_blocks * panel_groups), task % (n_blocks * panel_groups));
         let (block_index, group) = (rest / panel_groups, rest % panel_groups);
         let (first, end) = (block_index * block, ((block_index + 1) * block).min(rows.n_rows));
+        let panels = group * panels_per_group..((group + 1) * panels_per_group).min(n_panels);
+        // Rows are spread evenly over the tiles: 10 rows are 5 + 5, not 8 + 2.
+        let n_tiles = (end - first).div_ceil(MR);
+        let tile_rows = |i: usize| {
+            let row = |i: usize| first + i * (end - first) / n_tiles;
+            (row(i), row(i + 1) - row(i))
+        };
+        // Many panels: rows that lie side by side save each of them the walk through distant pages.
+        let row_of = |r: usize| (r * rows.in_step) as isize + rows.taps.first().copied().unwrap_or(0);
+        let inside = row_of(first) >= 0
+            && row_of(end - 1) + rows.taps.len() as isize <= rows.in_rows as isize;
+        let copies = dense && inside && b.depth > 0 && panels.len() >= COPY_FROM;
+        let mut copy = vec![T::ZERO; if copies { n_tiles * WIDE * b.depth.min(KC) } else { 0 }];
         // SAFETY: inside `x` by the caller's contract.
         let x = unsafe { x.as_ptr().add(example * in_batch) };
         // The depth is cut so that the part of a panel in use stays in the first-level cache. The sums go on from
         // where they were, so this changes no result.
         for depth in (0..b.depth.max(1)).step_by(KC) {
             let depth = depth..(depth + KC).min(b.depth);
-            let panels = group * panels_per_group..((group + 1) * panels_per_group).min(n_panels);
+            if copies {
+                for (i, copy) in copy.chunks_exact_mut(WIDE * b.depth.min(KC)).enumerate() {
+                    let (row, m) = tile_rows(i);
+                    // SAFETY: rows in range, see `inside`; the lanes beyond `m` repeat the first row.
+                    unsafe {
+                        let from = std::array::from_fn(|j| {
+                            let r = row_of(if j < m { row + j } else { row });
+                            x.offset(r * rows.in_stride as isize).add(depth.start)
+                        });
+                        side_by_side(from, depth.len(), copy);
+                    }
+                }
+            }
             for panel in panels.clone().step_by(PANELS) {
                 let width = (PANELS * NR).min(n - panel * NR);
                 let start = match bias {
@@ -284,17 +313,15 @@ pub(crate) unsafe fn product<T: Real>(
                     },
                 };
                 let next_panel = b.panel(panel).wrapping_add(PANELS * b.packed.depth * NR + depth.start * NR);
-                let per_tile = depth.len().div_ceil((end - first).div_ceil(MR));
+                let per_tile = depth.len().div_ceil(n_tiles);
                 let mut wanted = if panel + PANELS < panels.end { depth.len() } else { 0 };
-                let mut row = first;
-                while row < end {
-                    // Rows are spread evenly over the tiles left: 8 rows are 4 + 4, not 6 + 2.
-                    let left = end - row;
-                    let m = left.div_ceil(left.div_ceil(MR));
+                for i in 0..n_tiles {
+                    let (row, m) = tile_rows(i);
+                    let near = copies.then(|| copy[i * WIDE * b.depth.min(KC)..].as_ptr());
                     let part = per_tile.min(wanted);
                     let ahead = Ahead {
                         // Below, or the next panel's columns of the first row.
-                        out: match left > m {
+                        out: match i + 1 < n_tiles {
                             true => tile.to.out.wrapping_add((row + m) * rows.out_step),
                             false => tile.to.out.wrapping_add(first * rows.out_step + PANELS * NR),
                         },
@@ -305,16 +332,37 @@ pub(crate) unsafe fn product<T: Real>(
                     // SAFETY: the caller's contract; tiles write rows and columns of their own.
                     unsafe {
                         if width > NR {
-                            by_rows!(m, M => tile.run::<M, PANELS>(row, ahead));
+                            by_rows!(m, M => tile.run::<M, PANELS>(row, near, ahead));
                         } else {
-                            by_rows!(m, M => tile.run::<M, 1>(row, ahead));
+                            by_rows!(m, M => tile.run::<M, 1>(row, near, ahead));
                         }
                     }
-                    row += m;
                 }
             }
         }
     });
+}
+
+/// `to[p * 8 + j] = from[j][p]` for `p < k`.
+///
+/// # Safety
+/// `k` elements must be readable at each of `from`.
+unsafe fn side_by_side<T: Real>(from: [*const T; WIDE], k: usize, to: &mut [T]) {
+    let whole = k / WIDE * WIDE;
+    for p in (0..whole).step_by(WIDE) {
+        let to = &mut to[p * WIDE..][..WIDE * WIDE];
+        // SAFETY: eight elements each, by the contract and the slice.
+        unsafe {
+            let to = to.as_mut_ptr();
+            T::transpose(from.map(|from| from.add(p)), std::array::from_fn(|i| to.add(i * WIDE)));
+        }
+    }
+    for p in whole..k {
+        for (to, from) in to[p * WIDE..][..WIDE].iter_mut().zip(from) {
+            // SAFETY: the caller's contract.
+            *to = unsafe { *from.add(p) };
+        }
+    }
 }
 
 struct Tile<'a, T> {
@@ -333,8 +381,13 @@ struct Tile<'a, T> {
 
 impl<T: Real> Tile<'_, T> {
     /// # Safety
-    /// As [`product`], for rows `row..row + M` and `P` panels.
-    unsafe fn run<const M: usize, const P: usize>(&self, row: usize, ahead: Ahead<T>) {
+    /// As [`product`], for rows `row..row + M` and `P` panels; `near` is what [`side_by_side`] made of them.
+    unsafe fn run<const M: usize, const P: usize>(
+        &self,
+        row: usize,
+        near: Option<*const T>,
+        ahead: Ahead<T>,
+    ) {
         let rows = self.rows;
         let in_range = |r: isize| (0..rows.in_rows as isize).contains(&r);
         let base = (row * rows.in_step) as isize;
@@ -345,6 +398,11 @@ impl<T: Real> Tile<'_, T> {
         unsafe {
             let to = Target { out: self.to.out.add(row * rows.out_step), ..self.to };
             let b = self.b.add(depth.start * NR);
+            if let Some(near) = near {
+                let a = std::array::from_fn(|i| near.add(i));
+                T::tile::<M, P>(std::iter::once((a, depth.len())), WIDE, b, self.panel, to, ahead);
+                return;
+            }
             if self.dense
                 && n_taps > 0
                 && in_range(base + rows.taps[0])
@@ -397,8 +455,6 @@ pub(crate) unsafe fn weight_gradient<T: Real>(
     add: bool,
 ) {
     assert!(!add || !rows.parallel);
-    /// Elements between the copied rows of a tile: one register of f32.
-    const WIDE: usize = 8;
     /// Panels that stay in the second-level cache while all tiles pass over them.
     const NEAR: usize = 32;
     let batch = rows.batch;
