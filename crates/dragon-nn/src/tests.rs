@@ -141,6 +141,31 @@ fn gradients_of_rows_of_a_large_linear_do_not_depend_on_their_number() {
 }
 
 #[test]
+fn rows_that_are_copied_side_by_side_give_the_same_sums() {
+    // 2060 rows in blocks of 192 and a depth of 256 and 5 more: eight panels or more of a task are made from copies of
+    // the rows, of few rows from the rows themselves. A tap that begins before the first row keeps its block from it.
+    let x = noise("x", &[2060, 261]).to_dtype(DType::F32).unwrap();
+    let w = noise("w", &[270, 261]).to_dtype(DType::F32).unwrap();
+    let all: Vec<Vec<f32>> = linear(&x, &w, None).unwrap().to_vec2().unwrap();
+    for first in [0, 190, 2050] {
+        let some: Vec<Vec<f32>> =
+            linear(&x.narrow(0, first, 10).unwrap(), &w, None).unwrap().to_vec2().unwrap();
+        assert_eq!(some, all[first..first + 10], "from row {first}");
+    }
+    let x = x.reshape((1, 2060, 261)).unwrap();
+    let w = noise("w", &[270, 261, 3]).to_dtype(DType::F32).unwrap();
+    let spec = Conv1dSpec { padding: 1, ..Default::default() };
+    let all: Vec<Vec<f32>> = conv1d(&x, &w, None, spec).unwrap().squeeze(0).unwrap().to_vec2().unwrap();
+    for first in [0, 190, 2040] {
+        // The rows at both ends see zeros where the whole has neighbours.
+        let some = conv1d(&x.narrow(1, first, 20).unwrap(), &w, None, spec).unwrap();
+        let some: Vec<Vec<f32>> = some.squeeze(0).unwrap().to_vec2().unwrap();
+        let (low, high) = (usize::from(first > 0), 20 - usize::from(first + 20 < 2060));
+        assert_eq!(some[low..high], all[first + low..first + high], "from row {first}");
+    }
+}
+
+#[test]
 fn rows_of_linear_do_not_depend_on_their_number() {
     for (n_in, n_out) in [(1, 1), (2, 3), (7, 1), (64, 16), (300, 33), (1100, 70)] {
         let x = noise("x", &[97, n_in]).to_dtype(DType::F32).unwrap();

@@ -249,7 +249,7 @@ pub(crate) unsafe fn product<T: Real>(
     let n_blocks = rows.n_rows.div_ceil(block);
     let n_panels = n.div_ceil(NR);
     // Few rows: the panels are split too, so that every thread has work. Fixed by the shape alone.
-    let panel_groups = (16usize.div_ceil(n_blocks * batch)).min(n_panels).max(1);
+    let panel_groups = if rows.parallel { 16usize.div_ceil(n_blocks * batch).min(n_panels) } else { 1 };
     let panels_per_group = n_panels.div_ceil(panel_groups).next_multiple_of(PANELS);
     let panel_groups = n_panels.div_ceil(panels_per_group);
     let work = if rows.parallel { batch * rows.n_rows * n * b.depth / 8 } else { 0 };
@@ -266,8 +266,8 @@ pub(crate) unsafe fn product<T: Real>(
         };
         // Many panels: rows that lie side by side save each of them the walk through distant pages.
         let row_of = |r: usize| (r * rows.in_step) as isize + rows.taps.first().copied().unwrap_or(0);
-        let inside = row_of(first) >= 0
-            && row_of(end - 1) + rows.taps.len() as isize <= rows.in_rows as isize;
+        let inside =
+            row_of(first) >= 0 && row_of(end - 1) + rows.taps.len() as isize <= rows.in_rows as isize;
         let copies = dense && inside && b.depth > 0 && panels.len() >= COPY_FROM;
         let mut copy = vec![T::ZERO; if copies { n_tiles * WIDE * b.depth.min(KC) } else { 0 }];
         // SAFETY: inside `x` by the caller's contract.
@@ -657,5 +657,7 @@ unsafe fn gradient_tile<T: Real, const M: usize, const P: usize>(
     ahead: Ahead<T>,
 ) {
     // SAFETY: the caller's contract.
-    unsafe { T::tile::<M, P>(std::iter::once((std::array::from_fn(|i| a[i]), k)), step, b, panel, to, ahead) };
+    unsafe {
+        T::tile::<M, P>(std::iter::once((std::array::from_fn(|i| a[i]), k)), step, b, panel, to, ahead)
+    };
 }
