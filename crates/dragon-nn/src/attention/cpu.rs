@@ -3,7 +3,8 @@
 //! The weights are never stored: the backward pass computes them again, block by block, from two numbers per query.
 //! Memory beyond the result is one block of queries times all keys per thread.
 
-use crate::kernels::gemm::{Packed, Rows, product, weight_gradient};
+use crate::kernels::gemm::{Rows, product, weight_gradient};
+use crate::kernels::packed::Packed;
 use crate::kernels::{
     Real, Shared, by_dtype, dot, dtype, filled, for_each, lane_sum, shared, slice, tensor, view,
 };

@@ -1,6 +1,7 @@
 //! Correlation along time and its two adjoints, shared by the convolution and the transposed convolution.
 
-use super::gemm::{KC, Packed, Rows, product, weight_gradient};
+use super::gemm::{KC, Rows, product, weight_gradient};
+use super::packed::Packed;
 use super::{Real, Shared, filled, for_each};
 
 /// With so few rows, and weights of at least [`LARGE`] elements, packing all weights to memory first is much of the work (a

@@ -1,17 +1,15 @@
 //! Matrix products over rows that are gathered on the way: the core of the linear and convolution layers.
 //!
-//! One micro-kernel ([`Real::tile`]) multiplies a few rows, read in place through pointers, with one or two panels of
+//! One micro-kernel ([`Real::tile`]) multiplies a few rows, read through pointers, with one or two panels of
 //! sixteen packed columns. Since rows are pointers, a convolution needs neither padding nor an unfolded copy of its input: each tap
-//! points into the activations, or at a row of zeros. Every element is a sum in the order of its depth, whatever the
+//! points into the activations, or at a row of zeros. Where many panels pass over the same rows, the part of them that is
+//! in use is copied side by side first. Every element is a sum in the order of its depth, whatever the
 //! number of rows, tiles or threads, so results depend on none of these.
 
+use super::packed::{NR, Panels};
 use super::real::{Ahead, Start, Target};
 use super::{Real, Shared, filled, for_each};
 
-/// Columns of a packed panel.
-pub(crate) const NR: usize = 16;
-/// Bytes of a cache line.
-const LINE: usize = 64;
 /// Rows and panels of a tile. 6 x 16 fills twelve of the sixteen vector registers of AVX2, 8 x 32 sixteen of the 32 of
 /// AVX-512.
 const MR: usize = if cfg!(target_feature = "avx512f") { 8 } else { 6 };
@@ -39,128 +37,6 @@ macro_rules! by_rows {
             _ => unreachable!("a tile has 1 to {MR} rows"),
         }
     };
-}
-/// A matrix `[depth, n]` cut into panels of sixteen columns, each `[depth, 16]`, the last filled up with zeros.
-pub(crate) struct Packed<T> {
-    /// The panels begin at a cache line, so that no row of one lies in two.
-    data: Vec<T>,
-    /// See `data`.
-    begin: usize,
-    depth: usize,
-    n: usize,
-}
-
-impl<T: Real> Packed<T> {
-    /// Packs a matrix made of `blocks` of `block_depth` rows: element `(block, p, j)` lies at
-    /// `start(block) + p * depth_stride + j * column_stride` of `w`.
-    pub(crate) fn new(
-        w: &[T],
-        (blocks, block_depth, n): (usize, usize, usize),
-        start: impl Fn(usize) -> usize + Sync,
-        (depth_stride, column_stride): (usize, usize),
-    ) -> Self {
-        let depth = blocks * block_depth;
-        let n_panels = n.div_ceil(NR);
-        if depth * n > 0 {
-            let last = (0..blocks).map(&start).max().unwrap_or(0);
-            assert!(last + (block_depth - 1) * depth_stride + (n - 1) * column_stride < w.len());
-        }
-        // Where each row begins, in the order of the addresses: rows that are neighbours there are read together.
-        let mut order: Vec<usize> = (0..blocks).collect();
-        order.sort_by_key(|&block| start(block));
-        let rows: Vec<(usize, usize)> = (0..block_depth)
-            .flat_map(|p| order.iter().map(move |&block| (block, p)))
-            .map(|(block, p)| (start(block) + p * depth_stride, block * block_depth + p))
-            .collect();
-        // SAFETY: every row of every panel is written; reads are inside as checked above.
-        let (mut begin, len) = (0, n_panels * depth * NR);
-        let data = unsafe {
-            filled(len + LINE / size_of::<T>(), |out: Shared<T>| {
-                begin = out.ptr().align_offset(LINE);
-                out.range(0, begin).fill(T::ZERO);
-                out.range(begin + len, LINE / size_of::<T>() - begin).fill(T::ZERO);
-                let out = out.from(begin);
-                for_each(n_panels, depth * n, |panel| {
-                    let out = out.range(panel * depth * NR, depth * NR);
-                    let width = NR.min(n - panel * NR);
-                    let w = &w[(panel * NR * column_stride).min(w.len())..];
-                    if column_stride == 1 {
-                        for &(from, row) in &rows {
-                            let to = &mut out[row * NR..][..NR];
-                            to[..width].copy_from_slice(&w[from..from + width]);
-                            to[width..].fill(T::ZERO);
-                        }
-                    } else {
-                        pack_columns(w, &rows, column_stride, width, out);
-                    }
-                });
-            })
-        };
-        Packed { data, begin, depth, n }
-    }
-
-    /// All rows.
-    pub(crate) fn all(&self) -> Panels<'_, T> {
-        self.part(0..self.depth)
-    }
-
-    /// Some of the rows.
-    pub(crate) fn part(&self, rows: std::ops::Range<usize>) -> Panels<'_, T> {
-        assert!(rows.start <= rows.end && rows.end <= self.depth);
-        Panels { packed: self, first: rows.start, depth: rows.len() }
-    }
-}
-
-/// Fills one panel from columns `column_stride` apart; `rows` are the addresses of the first column and the rows' places.
-fn pack_columns<T: Real>(
-    w: &[T],
-    rows: &[(usize, usize)],
-    column_stride: usize,
-    width: usize,
-    out: &mut [T],
-) {
-    let zeros = [T::ZERO; 8];
-    let mut rest = rows;
-    while let Some(&(base, _)) = rest.first() {
-        // Rows within eight addresses: eight columns of them at a time go through the registers.
-        let n = rest.iter().take_while(|(from, _)| (base..base + 8).contains(from)).count();
-        let (window, later) = rest.split_at(n);
-        rest = later;
-        for first in [0, 8] {
-            let (mut copies, mut unused) = ([[T::ZERO; 8]; 8], [T::ZERO; 8]);
-            let from = std::array::from_fn(|j| {
-                let start = base + (first + j) * column_stride;
-                if first + j >= width {
-                    zeros.as_ptr()
-                } else if start + 8 <= w.len() {
-                    w[start..].as_ptr()
-                } else {
-                    copies[j][..w.len() - start].copy_from_slice(&w[start..]);
-                    copies[j].as_ptr()
-                }
-            });
-            let mut to = [unused.as_mut_ptr(); 8];
-            for &(address, row) in window {
-                to[address - base] = out[row * NR + first..][..8].as_mut_ptr();
-            }
-            // SAFETY: eight elements each, by the slices above.
-            unsafe { T::transpose(from, to) };
-        }
-    }
-}
-
-/// Consecutive rows of a [`Packed`] matrix.
-#[derive(Clone, Copy)]
-pub(crate) struct Panels<'a, T> {
-    packed: &'a Packed<T>,
-    first: usize,
-    depth: usize,
-}
-
-impl<T: Real> Panels<'_, T> {
-    fn panel(&self, i: usize) -> *const T {
-        self.packed.data[self.packed.begin + (i * self.packed.depth + self.first) * NR..].as_ptr()
-    }
 }
 
 /// Where the rows of a product come from and go to.
@@ -207,7 +83,7 @@ pub(crate) unsafe fn product<T: Real>(
     rows: &Rows,
 ) {
     let Rows { batch, in_batch, out_batch, .. } = *rows;
-    let n = b.packed.n;
+    let n = b.n();
     assert_eq!(b.depth, rows.taps.len() * rows.width);
     if rows.n_rows == 0 || n == 0 || batch == 0 {
         return;
@@ -216,12 +92,7 @@ pub(crate) unsafe fn product<T: Real>(
     if n == 1 {
         assert!(!rows.go_on);
         let work = if rows.parallel { batch * rows.n_rows * b.depth } else { 0 };
-        let weights: Vec<T> = b.packed.data[b.packed.begin + b.first * NR..]
-            .iter()
-            .step_by(NR)
-            .take(b.depth)
-            .copied()
-            .collect();
+        let weights = b.column();
         let start = bias.map_or(T::ZERO, |bias| bias[0]);
         let per_task = super::rows_per_task(b.depth);
         let tasks = rows.n_rows.div_ceil(per_task);
@@ -303,7 +174,7 @@ pub(crate) unsafe fn product<T: Real>(
                     dense,
                     depth: depth.clone(),
                     b: b.panel(panel),
-                    panel: b.packed.depth * NR,
+                    panel: b.step(),
                     to: Target {
                         // SAFETY: inside `out` by the caller's contract.
                         out: unsafe { out.ptr().add(example * out_batch + rows.out_start + panel * NR) },
@@ -312,7 +183,7 @@ pub(crate) unsafe fn product<T: Real>(
                         start,
                     },
                 };
-                let next_panel = b.panel(panel).wrapping_add(PANELS * b.packed.depth * NR + depth.start * NR);
+                let next_panel = b.panel(panel).wrapping_add(PANELS * b.step() + depth.start * NR);
                 let per_tile = depth.len().div_ceil(n_tiles);
                 let mut wanted = if panel + PANELS < panels.end { depth.len() } else { 0 };
                 for i in 0..n_tiles {

@@ -5,6 +5,7 @@ pub(crate) mod conv;
 pub(crate) mod correlation;
 pub(crate) mod gemm;
 pub(crate) mod norm;
+pub(crate) mod packed;
 mod real;
 
 pub(crate) use real::Real;
