@@ -132,7 +132,7 @@ pub(super) fn page(
         facts: vec![
             ("command".into(), ctx.command.clone()),
             ("commit".into(), ctx.commit.clone()),
-            ("sampler".into(), format!("{:?}, {} steps", cfg.sampler.solver, cfg.sampler.n_steps)),
+            ("sampler".into(), report::as_in_config(&cfg.sampler)),
             ("seed".into(), cfg.seed.to_string()),
         ],
         tables: card.tables(cfg),

@@ -30,6 +30,7 @@ use crate::bundle::{self, Bundle};
 use crate::diffusion::{tuned_dir, weights_path};
 use crate::embedder::{EmbedConfig, Embedder};
 use crate::error::{Error, Result};
+use crate::report::as_in_config;
 use crate::rollout::{Sampling, TextCache};
 use crate::run::{Meter, RunContext, hex};
 use compare::Comparison;
@@ -79,7 +80,7 @@ pub fn run(cfg: &EvalConfig, ctx: &RunContext) -> Result<Summary> {
             "prompts".into(),
             format!("{} of `{}`, not tuned on unless split is train", prompts.len(), cfg.prompts.display()),
         ),
-        ("sampler".into(), format!("{:?}, {} steps", cfg.sampler.solver, cfg.sampler.n_steps)),
+        ("sampler".into(), as_in_config(&cfg.sampler)),
         ("seed".into(), cfg.seed.to_string()),
     ];
     if let Some(run) = tuned_dir.parent().map(|dir| dir.join("metrics.jsonl")).filter(|path| path.exists()) {

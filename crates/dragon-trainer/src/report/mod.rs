@@ -10,6 +10,7 @@ use std::path::Path;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use serde::Serialize;
 
 use crate::error::Result;
 use crate::run::write_atomic;
@@ -272,6 +273,11 @@ impl Song {
     }
 }
 
+/// A part of a config as presets write it: `{ solver = "dpmpp_2m", n_steps = 40 }`.
+pub(crate) fn as_in_config(part: &impl Serialize) -> String {
+    toml::Value::try_from(part).map_or_else(|err| err.to_string(), |value| value.to_string())
+}
+
 /// A mono 16-bit WAV file in memory; samples beyond [-1, 1] are clipped.
 fn wav16(samples: &[f32], sample_rate_hz: u32) -> Vec<u8> {
     let mut bytes = std::io::Cursor::new(Vec::new());
@@ -298,6 +304,13 @@ fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_part_of_a_config_reads_as_in_a_preset() {
+        let setting =
+            dragon_encoders::Setting::Fadtk { hop_s: 0.256, tail: dragon_encoders::Tail::WholeWindows };
+        assert_eq!(as_in_config(&setting), r#"{ kind = "fadtk", hop_s = 0.256, tail = "whole_windows" }"#);
+    }
 
     #[test]
     fn a_page_holds_its_parts_and_nothing_from_outside() {

@@ -10,7 +10,7 @@ use super::summary::{ScoredSong, Summary};
 use super::{Reference, ScoreConfig, System};
 use crate::error::{Error, Result};
 use crate::eval::number;
-use crate::report::{Chart, Point, Report, Series, Song, Table, Take};
+use crate::report::{Chart, Point, Report, Series, Song, Table, Take, as_in_config};
 use crate::run::{RunContext, write_atomic};
 use crate::sets::Set;
 
@@ -114,7 +114,7 @@ fn facts(summary: &Summary, ctx: &RunContext) -> Vec<(String, String)> {
     }
     if let (Some(encoder), Some(setting)) = (&summary.encoder, &summary.setting) {
         facts.push(("encoder".into(), encoder.clone()));
-        facts.push(("setting".into(), format!("{setting:?}")));
+        facts.push(("setting".into(), as_in_config(setting)));
     }
     facts.push(("convention".into(), summary.convention.name().into()));
     facts.push(("seed".into(), summary.seed.to_string()));
