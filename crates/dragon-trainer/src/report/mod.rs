@@ -275,7 +275,11 @@ impl Song {
 
 /// A part of a config as presets write it: `{ solver = "dpmpp_2m", n_steps = 40 }`.
 pub(crate) fn as_in_config(part: &impl Serialize) -> String {
-    toml::Value::try_from(part).map_or_else(|err| err.to_string(), |value| value.to_string())
+    let mut text = String::new();
+    match part.serialize(toml::ser::ValueSerializer::new(&mut text)) {
+        Ok(_) => text,
+        Err(err) => err.to_string(),
+    }
 }
 
 /// A mono 16-bit WAV file in memory; samples beyond [-1, 1] are clipped.
