@@ -330,7 +330,7 @@ impl<'a> FrechetPool<'a> {
         let centered = all.centered(&center);
         let mut y = vec![0.0; n * r];
         // Blocks of rows, so that a large pool projects on all threads; each block's result is its own.
-        y.par_chunks_mut((256 * r).max(1)).zip(centered.par_chunks(256 * dim)).for_each(|(y, x)| {
+        y.par_chunks_mut((BLOCK * r).max(1)).zip(centered.par_chunks(BLOCK * dim)).for_each(|(y, x)| {
             let n = x.len() / dim;
             reference.project_into(MatMut::from_column_major_slice_mut(y, r, n), view(x, n, dim));
         });

@@ -14,7 +14,7 @@ use crate::{Error, Result, tridiagonal};
 
 /// Rows of a triangular factor that are multiplied at once: what faer makes in registers, so that few zeros are multiplied.
 const STRIP: usize = 24;
-/// Columns of a matrix from which on its rows are copied side by side before its Gram matrix is made.
+/// Rows of a matrix from which on they are copied side by side before their Gram matrix is made.
 const COPY_FROM: usize = 64;
 /// Rows of a product that are made at once: what belongs to them stays in the cache (a quarter of the time at 1000 rows).
 /// A multiple of what faer makes in registers.
