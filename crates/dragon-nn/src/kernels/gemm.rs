@@ -20,8 +20,10 @@ const PANELS: usize = if cfg!(target_feature = "avx512f") { 2 } else { 1 };
 pub(crate) const KC: usize = 256;
 /// Elements between the copied rows of a tile: one register of f32 of AVX2.
 const WIDE: usize = 8;
-/// Panels from which on a block's rows are copied side by side.
-const COPY_FROM: usize = 8;
+/// Rows from which on threads have blocks enough if these are large.
+const MANY_ROWS: usize = 2048;
+/// Panels from which on a block's rows are copied side by side: with few, a copy costs more than it saves.
+const COPY_FROM: usize = 32;
 
 /// Evaluates an expression in which `$m` stands for the number of rows of a tile.
 macro_rules! by_rows {
@@ -115,8 +117,10 @@ pub(crate) unsafe fn product<T: Real>(
     }
     // Taps that follow each other in memory are one longer tap.
     let dense = rows.width == rows.in_stride && rows.taps.windows(2).all(|w| w[1] == w[0] + 1);
-    // A block of rows (192 KiB of f32 at most) stays in the second-level cache while all panels pass over it.
-    let block = (192 * 256 / b.depth.clamp(1, 256) / MR * MR).min(384).min(rows.n_rows.next_multiple_of(MR));
+    // A block of rows (192 KiB of f32, or 96 where there are few and each thread needs several) stays in the second-level
+    // cache while all panels pass over it.
+    let near = if rows.parallel && batch * rows.n_rows < MANY_ROWS { 96 * 256 } else { 192 * 256 };
+    let block = (near / b.depth.clamp(1, 256) / MR * MR).min(384).min(rows.n_rows.next_multiple_of(MR));
     let n_blocks = rows.n_rows.div_ceil(block);
     let n_panels = n.div_ceil(NR);
     // Few rows: the panels are split too, so that every thread has work. Fixed by the shape alone.
@@ -452,8 +456,8 @@ pub(crate) unsafe fn weight_gradient<T: Real>(
                     let width = (PANELS * NR).min(n - panel * NR);
                     let out = sum.ptr().add(i * n + panel * NR);
                     let to = Target { out, step: n, width, start };
-                    // Tiles follow each other to the right; what is packed is near.
-                    let ahead = Ahead { out: out.wrapping_add(PANELS * NR), b: x, rows: 0 };
+                    // What the sums are added to is wanted when they are made; what is packed is near.
+                    let ahead = Ahead { out, b: x, rows: 0 };
                     let b = packed.as_ptr().add((panel * depth + (r0 - first)) * NR);
                     if width > NR {
                         by_rows!(len, M => gradient_tile::<T, M, PANELS>(&a, k, step, b, depth * NR, to, ahead));
