@@ -119,8 +119,8 @@ pub(crate) unsafe fn product<T: Real>(
     let dense = rows.width == rows.in_stride && rows.taps.windows(2).all(|w| w[1] == w[0] + 1);
     // A block of rows (192 KiB of f32, or 96 where there are few and each thread needs several) stays in the second-level
     // cache while all panels pass over it.
-    let near = if rows.parallel && batch * rows.n_rows < MANY_ROWS { 96 * 256 } else { 192 * 256 };
-    let block = (near / b.depth.clamp(1, 256) / MR * MR).min(384).min(rows.n_rows.next_multiple_of(MR));
+    let elements = if rows.parallel && batch * rows.n_rows < MANY_ROWS { 96 * 256 } else { 192 * 256 };
+    let block = (elements / b.depth.clamp(1, 256) / MR * MR).min(384).min(rows.n_rows.next_multiple_of(MR));
     let n_blocks = rows.n_rows.div_ceil(block);
     let n_panels = n.div_ceil(NR);
     // Few rows: the panels are split too, so that every thread has work. Fixed by the shape alone.
@@ -144,7 +144,8 @@ pub(crate) unsafe fn product<T: Real>(
         let inside =
             row_of(first) >= 0 && row_of(end - 1) + rows.taps.len() as isize <= rows.in_rows as isize;
         let copies = dense && inside && b.depth > 0 && panels.len() >= COPY_FROM;
-        let mut copy = vec![T::ZERO; if copies { n_tiles * WIDE * b.depth.min(KC) } else { 0 }];
+        let tile_len = WIDE * b.depth.min(KC);
+        let mut copy = vec![T::ZERO; if copies { n_tiles * tile_len } else { 0 }];
         // SAFETY: inside `x` by the caller's contract.
         let x = unsafe { x.as_ptr().add(example * in_batch) };
         // The depth is cut so that the part of a panel in use stays in the first-level cache. The sums go on from
@@ -152,7 +153,7 @@ pub(crate) unsafe fn product<T: Real>(
         for depth in (0..b.depth.max(1)).step_by(KC) {
             let depth = depth..(depth + KC).min(b.depth);
             if copies {
-                for (i, copy) in copy.chunks_exact_mut(WIDE * b.depth.min(KC)).enumerate() {
+                for (i, copy) in copy.chunks_exact_mut(tile_len).enumerate() {
                     let (row, m) = tile_rows(i);
                     // SAFETY: rows in range, see `inside`; the lanes beyond `m` repeat the first row.
                     unsafe {
@@ -192,7 +193,7 @@ pub(crate) unsafe fn product<T: Real>(
                 let mut wanted = if panel + PANELS < panels.end { depth.len() } else { 0 };
                 for i in 0..n_tiles {
                     let (row, m) = tile_rows(i);
-                    let near = copies.then(|| copy[i * WIDE * b.depth.min(KC)..].as_ptr());
+                    let near = copies.then(|| copy[i * tile_len..].as_ptr());
                     let part = per_tile.min(wanted);
                     let ahead = Ahead {
                         // Below, or the next panel's columns of the first row.
