@@ -205,63 +205,33 @@ pub(crate) fn read_text(path: &Path, what: &'static str) -> Result<String> {
 /// One row of a CSV file: column to text.
 pub(crate) type Row = std::collections::BTreeMap<String, String>;
 
-/// Parses CSV with a header (RFC 4180: quotes, doubled quotes, line breaks inside quotes); rows carry their line.
+/// Reads CSV with a header; rows carry their line.
 pub(crate) fn parse_csv(path: &Path, text: &str) -> Result<Vec<(usize, Row)>> {
     let refuse = |line: usize, detail: String| Error::Line { path: path.to_path_buf(), line, detail };
-    let mut records: Vec<(usize, Vec<String>)> = Vec::new();
-    let (mut fields, mut field, mut quoted, mut started_at, mut line) =
-        (Vec::new(), String::new(), false, 1, 1);
-    let mut chars = text.chars().peekable();
-    let mut any = false; // whether the current record has begun
-    while let Some(c) = chars.next() {
-        if c == '\n' {
-            line += 1;
-        }
-        match c {
-            '"' if quoted && chars.peek() == Some(&'"') => {
-                field.push('"');
-                chars.next();
-            }
-            '"' if quoted => quoted = false,
-            '"' if field.is_empty() => (quoted, any) = (true, true),
-            ',' if !quoted => {
-                fields.push(std::mem::take(&mut field));
-                any = true;
-            }
-            '\r' if !quoted && chars.peek() == Some(&'\n') => {}
-            '\n' if !quoted => {
-                if any || !field.is_empty() {
-                    fields.push(std::mem::take(&mut field));
-                    records.push((started_at, std::mem::take(&mut fields)));
-                }
-                (started_at, any) = (line, false);
-            }
-            c => field.push(c),
-        }
-    }
-    if quoted {
-        return Err(refuse(started_at, "expected a closing quote, found the end of the file".into()));
-    }
-    if any || !field.is_empty() {
-        fields.push(field);
-        records.push((started_at, fields));
-    }
-    let mut records = records.into_iter();
-    let Some((_, header)) = records.next() else {
+    let mut reader = csv::ReaderBuilder::new().flexible(true).from_reader(text.as_bytes());
+    let header = reader.headers().map_err(|e| refuse(1, e.to_string()))?;
+    let header: Vec<String> = header.iter().map(|name| name.trim().to_string()).collect();
+    if header.is_empty() {
         return Err(refuse(1, "expected a header with the columns' names, found nothing".into()));
+    }
+    let records: Vec<csv::StringRecord> =
+        reader.records().collect::<std::result::Result<_, _>>().map_err(|e| refuse(1, e.to_string()))?;
+    let start = |record: &csv::StringRecord| record.position().expect("it was read from somewhere").clone();
+    // The library takes all that follows an unclosed quote for one field.
+    if let Some(start) = records.last().map(start)
+        && text[start.byte() as usize..].matches('"').count() % 2 == 1
+    {
+        let detail = "expected a closing quote, found the end of the file".into();
+        return Err(refuse(start.line() as usize, detail));
+    }
+    let row = |record: csv::StringRecord| {
+        let line = start(&record).line() as usize;
+        match record.len() == header.len() {
+            true => Ok((line, header.iter().cloned().zip(record.iter().map(String::from)).collect())),
+            false => Err(refuse(line, format!("expected {} columns, found {}", header.len(), record.len()))),
+        }
     };
-    let header: Vec<String> = header.iter().map(|h| h.trim().to_string()).collect();
-    records
-        .map(|(line, fields)| {
-            if fields.len() != header.len() {
-                return Err(refuse(
-                    line,
-                    format!("expected {} columns, found {}", header.len(), fields.len()),
-                ));
-            }
-            Ok((line, header.iter().cloned().zip(fields).collect()))
-        })
-        .collect()
+    records.into_iter().map(row).collect()
 }
 
 fn entry_of_row(path: &Path, line: usize, row: Row) -> Result<Entry> {

@@ -1,5 +1,6 @@
 //! MusicGen as Hugging Face publishes it (`facebook/musicgen-small`, `-medium`, `-large`): `config.json` and names of tensors.
 
+use dragon_nn::json::field;
 use serde_json::Value;
 
 use crate::Config;
@@ -25,9 +26,8 @@ pub fn is_musicgen(json: &Value) -> bool {
 /// # Errors
 /// A message with the key, if one is missing or describes what is not built here.
 pub fn read_config(json: &Value) -> Result<Published, String> {
-    let part = |key: &str| json.get(key).ok_or_else(|| format!("`{key}` is missing"));
     let (decoder, text_encoder, audio_encoder) =
-        (part("decoder")?, part("text_encoder")?, part("audio_encoder")?);
+        (field(json, "decoder")?, field(json, "text_encoder")?, field(json, "audio_encoder")?);
     let config: Config = serde_json::from_value(decoder.clone()).map_err(|e| format!("`decoder`: {e}"))?;
     let codes = Value::from(config.vocab_size);
     let (mono, gelu) = (Value::from(1), Value::from("gelu"));

@@ -48,7 +48,7 @@ pub use ada_layer_norm::ada_layer_norm;
 pub use adamw::{AdamW, AdamWConfig};
 pub use attention::{attention, attention_cached};
 pub use backward::backward;
-pub use checkpoint::{Checkpoint, Loader, Source, write_atomically, write_safetensors};
+pub use checkpoint::{Checkpoint, Loader, Source, json, write_atomically, write_safetensors};
 pub use conv_transpose1d::{ConvTranspose1dSpec, conv_transpose1d};
 pub use conv1d::{Conv1dSpec, conv1d};
 pub use ema::Ema;

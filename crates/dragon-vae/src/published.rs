@@ -8,6 +8,7 @@
 use std::path::Path;
 
 use dragon_nn::Checkpoint;
+use dragon_nn::json::{field, number, numbers};
 use serde_json::Value;
 
 use crate::config::{Config, Design, Output};
@@ -199,27 +200,9 @@ pub(crate) fn open<C>(
     Ok((cfg, checkpoint))
 }
 
-pub(crate) fn field<'a>(json: &'a Value, key: &str) -> Result<&'a Value, String> {
-    json.get(key).ok_or_else(|| format!("`{key}` is missing"))
-}
-
 fn expect(json: &Value, key: &str, want: &str) -> Result<(), String> {
     let found = field(json, key)?;
     if found == want { Ok(()) } else { Err(format!("`{key}`: expected \"{want}\", found {found}")) }
-}
-
-pub(crate) fn number(json: &Value, key: &str) -> Result<usize, String> {
-    let found = field(json, key)?;
-    found
-        .as_u64()
-        .map(|n| n as usize)
-        .ok_or_else(|| format!("`{key}`: expected a whole number, found {found}"))
-}
-
-pub(crate) fn numbers(json: &Value, key: &str) -> Result<Vec<usize>, String> {
-    let found = field(json, key)?;
-    let list = found.as_array().map(|list| list.iter().map(|n| n.as_u64().map(|n| n as usize)).collect());
-    list.flatten().ok_or_else(|| format!("`{key}`: expected whole numbers, found {found}"))
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use super::Config;
 use dragon_nn::Source;
+use dragon_nn::json::{field, number};
 use serde_json::Value;
 
 /// What a published model says beyond its hyperparameters.
@@ -120,17 +121,6 @@ pub fn from_stable_audio_tools(json: &Value, hop: usize) -> Result<Published, St
         n_frames: number(json, "sample_size")? / hop.max(1),
         max_tokens: number(conditioner("prompt")?, "max_length")?,
     })
-}
-
-fn field<'a>(json: &'a Value, key: &str) -> Result<&'a Value, String> {
-    json.get(key).ok_or_else(|| format!("`{key}` is missing"))
-}
-
-fn number(json: &Value, key: &str) -> Result<usize, String> {
-    let found = field(json, key)?;
-    let whole =
-        found.as_u64().or_else(|| found.as_f64().filter(|x| x.fract() == 0.0 && *x >= 0.0).map(|x| x as u64));
-    whole.map(|n| n as usize).ok_or_else(|| format!("`{key}`: expected a whole number, found {found}"))
 }
 
 /// Where a checkpoint of stable-audio-tools (`model.safetensors` beside `model_config.json`) has the tensor `transformer.…` or

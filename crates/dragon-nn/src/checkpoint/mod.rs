@@ -1,6 +1,7 @@
 //! Weights on disk: `write` makes safetensors files, `read` opens those of others (safetensors and PyTorch's, whose
-//! pickles `pickle` reads), and `load` builds models on them.
+//! pickles `pickle` reads), `json` the fields of their configurations, and `load` builds models on them.
 
+pub mod json;
 mod load;
 mod pickle;
 mod read;

@@ -375,49 +375,68 @@ impl Summary {
 
     /// The ranked table as comma-separated values.
     pub fn systems_csv(&self) -> String {
-        let mut out = String::from(
-            "metric,better,rank,system,songs,embeddings,value,low,high,std,behind,behind_low,behind_high\n",
-        );
-        for v in &self.values {
+        const HEADER: [&str; 13] = [
+            "metric",
+            "better",
+            "rank",
+            "system",
+            "songs",
+            "embeddings",
+            "value",
+            "low",
+            "high",
+            "std",
+            "behind",
+            "behind_low",
+            "behind_high",
+        ];
+        let row = |v: &RankedValue| {
             let system = self.systems.iter().find(|system| system.name == v.system);
             let (n_songs, n_rows) = system.map_or((0, 0), |system| (system.songs.len(), system.n_rows));
-            let some = |x: Option<f64>| x.map_or(String::new(), |x| x.to_string());
             let behind = v.behind.as_ref();
             let spread = behind.and_then(|behind| behind.interval);
-            let cells = [
-                csv_cell(&v.metric),
+            [
+                v.metric.clone(),
                 if v.lower_is_better { "lower" } else { "higher" }.into(),
                 v.rank.to_string(),
-                csv_cell(&v.system),
+                v.system.clone(),
                 n_songs.to_string(),
                 n_rows.to_string(),
                 v.value.to_string(),
-                some(v.interval.map(|i| i.low)),
-                some(v.interval.map(|i| i.high)),
-                some(v.interval.map(|i| i.std)),
-                some(behind.map(|behind| behind.value)),
-                some(spread.map(|i| i.low)),
-                some(spread.map(|i| i.high)),
-            ];
-            out += &cells.join(",");
-            out.push('\n');
-        }
-        out
+                csv_number(v.interval.map(|i| i.low)),
+                csv_number(v.interval.map(|i| i.high)),
+                csv_number(v.interval.map(|i| i.std)),
+                csv_number(behind.map(|behind| behind.value)),
+                csv_number(spread.map(|i| i.low)),
+                csv_number(spread.map(|i| i.high)),
+            ]
+        };
+        csv_of(HEADER, self.values.iter().map(row))
     }
 
     /// The songs as comma-separated values, in the order of their names.
     pub fn songs_csv(&self) -> String {
-        let mut out = String::from("system,song,embeddings,per_song_fad,clap_score\n");
-        let cell = |score: Option<f64>| score.map_or(String::new(), |score| score.to_string());
-        for system in &self.systems {
-            for song in &system.songs {
-                let (system, name) = (csv_cell(&system.name), csv_cell(&song.name));
-                let (fad, clap) = (cell(song.per_song_fad), cell(song.clap_score));
-                let _ = writeln!(out, "{system},{name},{},{fad},{clap}", song.n_rows);
-            }
-        }
-        out
+        let rows = self.systems.iter().flat_map(|system| {
+            system.songs.iter().map(|song| {
+                let (fad, clap) = (csv_number(song.per_song_fad), csv_number(song.clap_score));
+                [system.name.clone(), song.name.clone(), song.n_rows.to_string(), fad, clap]
+            })
+        });
+        csv_of(["system", "song", "embeddings", "per_song_fad", "clap_score"], rows)
     }
+}
+
+/// A number as a cell of a CSV file; nothing where there is none.
+fn csv_number(x: Option<f64>) -> String {
+    x.map_or(String::new(), |x| x.to_string())
+}
+
+/// Comma-separated values, with quotes where a cell needs them.
+fn csv_of<const N: usize>(header: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
+    let mut csv = csv::Writer::from_writer(Vec::new());
+    csv.write_record(header).expect("a vector takes every byte");
+    rows.for_each(|row| csv.write_record(row).expect("a vector takes every byte, and all rows have N cells"));
+    String::from_utf8(csv.into_inner().expect("a vector takes every byte")).expect("all cells are text")
 }
 
 impl SystemInfo {
@@ -429,15 +448,6 @@ impl SystemInfo {
         let score = |song: &ScoredSong| song.per_song_fad.or(song.clap_score.map(|x| -x)).unwrap_or(0.0);
         songs.sort_by(|a, b| score(b).total_cmp(&score(a)));
         songs
-    }
-}
-
-/// Text as a cell: in quotes where it holds what separates cells.
-fn csv_cell(text: &str) -> String {
-    if text.contains([',', '"', '\n', '\r']) {
-        format!("\"{}\"", text.replace('"', "\"\""))
-    } else {
-        text.into()
     }
 }
 
@@ -455,7 +465,7 @@ mod tests {
 
     #[test]
     fn names_with_commas_and_quotes_are_quoted() {
-        assert_eq!(csv_cell("a.wav"), "a.wav");
-        assert_eq!(csv_cell("a \"b\", c"), "\"a \"\"b\"\", c\"");
+        let rows = [["a.wav".into(), String::new()], ["a \"b\", c".into(), "1".into()]];
+        assert_eq!(csv_of(["x", "y"], rows.into_iter()), "x,y\na.wav,\n\"a \"\"b\"\", c\",1\n");
     }
 }

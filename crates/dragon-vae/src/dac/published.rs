@@ -6,10 +6,11 @@
 use std::path::Path;
 
 use dragon_nn::Checkpoint;
+use dragon_nn::json::{field, number, numbers};
 use serde_json::Value;
 
 use super::Config;
-use crate::published::{self, diffusers_name, field, number, numbers};
+use crate::published::{self, diffusers_name};
 use crate::vae::Error;
 
 /// Which names a file has.

@@ -6,10 +6,11 @@
 use std::path::Path;
 
 use dragon_nn::Checkpoint;
+use dragon_nn::json::{field, number, numbers};
 use serde_json::Value;
 
 use super::config::{Config, Norm};
-use crate::published::{self, field, number, numbers};
+use crate::published;
 use crate::vae::Error;
 
 /// Which names a file has.
