@@ -216,22 +216,25 @@ pub(crate) fn parse_csv(path: &Path, text: &str) -> Result<Vec<(usize, Row)>> {
     }
     let records: Vec<csv::StringRecord> =
         reader.records().collect::<std::result::Result<_, _>>().map_err(|e| refuse(1, e.to_string()))?;
-    let start = |record: &csv::StringRecord| record.position().expect("it was read from somewhere").clone();
-    // The library takes all that follows an unclosed quote for one field.
-    if let Some(start) = records.last().map(start)
-        && text[start.byte() as usize..].matches('"').count() % 2 == 1
-    {
-        let detail = "expected a closing quote, found the end of the file".into();
-        return Err(refuse(start.line() as usize, detail));
+    let (mut at, mut line) = (0, 1);
+    let mut rows = Vec::with_capacity(records.len());
+    for record in &records {
+        // The library counts line breaks before a row to the row.
+        let start = record.position().expect("it was read from somewhere").byte() as usize;
+        let start = text.len() - text[start..].trim_start_matches(['\r', '\n']).len();
+        line += text[at..start].matches('\n').count();
+        at = start;
+        rows.push((line, record));
     }
-    let row = |record: csv::StringRecord| {
-        let line = start(&record).line() as usize;
-        match record.len() == header.len() {
-            true => Ok((line, header.iter().cloned().zip(record.iter().map(String::from)).collect())),
-            false => Err(refuse(line, format!("expected {} columns, found {}", header.len(), record.len()))),
-        }
+    // It takes all that follows an unclosed quote for one field.
+    if !rows.is_empty() && text[at..].matches('"').count() % 2 == 1 {
+        return Err(refuse(line, "expected a closing quote, found the end of the file".into()));
+    }
+    let row = |(line, record): (usize, &csv::StringRecord)| match record.len() == header.len() {
+        true => Ok((line, header.iter().cloned().zip(record.iter().map(String::from)).collect())),
+        false => Err(refuse(line, format!("expected {} columns, found {}", header.len(), record.len()))),
     };
-    records.into_iter().map(row).collect()
+    rows.into_iter().map(row).collect()
 }
 
 fn entry_of_row(path: &Path, line: usize, row: Row) -> Result<Entry> {
@@ -290,6 +293,21 @@ mod tests {
         let mut want = entry("a");
         want.split = Split::Train;
         assert_eq!(read_manifest(&path).unwrap(), [want]);
+    }
+
+    #[test]
+    fn rows_of_csv_carry_their_lines_after_any_line_breaks() {
+        let text = "path,caption\r\n\r\na.wav,\"one\r\ntwo\"\r\nb.wav,three\n\n\nc.wav,four\n";
+        let rows = parse_csv(Path::new("l.csv"), text).unwrap();
+        assert_eq!(rows.iter().map(|(line, _)| *line).collect::<Vec<_>>(), [3, 5, 8]);
+        assert_eq!(rows[0].1["caption"], "one\r\ntwo");
+        for (text, want) in [
+            ("a,b\r\n1,2\r\n1,2,3\r\n", "line 3: expected 2 columns, found 3"),
+            ("a,b\r\n1,2\r\n\r\n1,\"2\r\n", "line 4: expected a closing quote"),
+        ] {
+            let error = parse_csv(Path::new("l.csv"), text).unwrap_err().to_string();
+            assert!(error.contains(want), "{error}");
+        }
     }
 
     #[test]
