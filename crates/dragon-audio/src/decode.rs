@@ -18,6 +18,10 @@ use crate::error::{Error, Result};
 use crate::resample::SAMPLE_RATES_HZ;
 use crate::{ogg, opus};
 
+/// Endings of names, in lower case, that count as audio when a folder is read.
+pub const ENDINGS: [&str; 12] =
+    ["wav", "flac", "ogg", "oga", "opus", "mp3", "mp2", "aif", "aiff", "m4a", "mp4", "caf"];
+
 /// Reads an audio file with all its channels.
 ///
 /// The format is taken from the contents and must agree with the file's extension, if that is a known one. Opus is

@@ -22,7 +22,7 @@ pub mod resample;
 pub mod write;
 
 pub use clip::{Audio, Clip, SILENCE_DBFS, windows};
-pub use decode::{check, read, read_duration_s, read_mono, read_tags};
+pub use decode::{ENDINGS, check, read, read_duration_s, read_mono, read_tags};
 pub use error::{Error, Result};
 pub use measure::{lufs, peak, peak_normalize, rms_dbfs, spectral_centroid_hz};
 pub use mel::{

@@ -148,6 +148,51 @@ fn a_folder_without_audio_is_named() {
 }
 
 #[test]
+fn what_is_easily_confused_is_explained() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    std::fs::create_dir_all(dir.join("songs")).unwrap();
+    std::fs::create_dir_all(dir.join("empty")).unwrap();
+    write_tone(&dir.join("songs/a.wav"), 6.0, 0.3);
+    let prompt = |i: usize| format!("{{\"id\":\"{i}\",\"caption\":\"a jig\",\"split\":\"train\"}}\n");
+    std::fs::write(dir.join("own.jsonl"), (0..200).map(prompt).collect::<String>()).unwrap();
+    std::fs::write(dir.join("own.toml"), "extends = \"finetune/vendi\"\n").unwrap();
+    let cases: &[(&str, &[&str])] = &[
+        (
+            "finetune --out new --set reward.exemplars.path=songs",
+            &["is a folder", "reward.exemplars.kind=audio"],
+        ),
+        (
+            "finetune --out new --set reward.exemplars.kind=audio --set reward.exemplars.path=songs",
+            &["`songs` holds 1 songs", "better a hundred"],
+        ),
+        ("finetune --out new --set loss.kind=dpo", &["weight_minus", "loss={kind=\"dpo\",beta=50.0}"]),
+        (
+            "finetune --out new --set prompts=own.jsonl --set validation.n_prompts=0 --set run.validate_every=0",
+            &["evaluation after the last step", "0 prompts of split `test`, 256 are needed"],
+        ),
+        ("finetune --out new --set bundle=empty", &["`empty` is no model folder: it has no bundle.json"]),
+        ("finetune --out new --set bundle=nope", &["there is no model folder `nope`"]),
+        (
+            "embed songs --out songs.npz --encoder nothing",
+            &["there is no encoder `nothing`", "musicnn, clap, vae"],
+        ),
+        ("embed songs --out songs/a.wav/x.npz", &["`songs/a.wav` is a file"]),
+    ];
+    for (command, parts) in cases {
+        refused(dir, command, parts);
+    }
+    let both = dragon(dir, "finetune --out new --preset vendi --config own.toml");
+    assert_eq!(both.status.code(), Some(1));
+    assert!(stderr(&both).contains("'--preset <PRESET>' cannot be used with '--config <FILE>'"));
+    // All variables again where a preset names some.
+    let text =
+        "finetune --preset clap-score --set update.parameters=[] --set rollout.songs_per_step=0 --out new";
+    refused(dir, text, &["rollout.songs_per_step"]);
+    accepted(dir, "embed songs --out new/folder/songs.npz");
+}
+
+#[test]
 fn an_import_that_fails_late_leaves_the_folder_as_it_was() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
@@ -295,7 +340,11 @@ fn a_clap_of_others_that_cannot_be_read_says_what_it_is_and_what_to_do() {
     refused(dir, &embed("laion.pt"), &["laion.pt", "cut short", "hint: the download is incomplete"]);
     std::fs::copy(fixture("dragon-encoders/t5/gated.safetensors"), dir.join("t5.safetensors")).unwrap();
     refused(dir, &embed("t5.safetensors"), &["holds no CLAP", "hint: is it a checkpoint of another model?"]);
-    refused(dir, &embed("nowhere.pt"), &["nowhere.pt", "hint: name a folder"]);
+    refused(
+        dir,
+        &embed("nowhere.pt"),
+        &["there is no encoder `nowhere.pt`", "hint: name musicnn, clap, vae"],
+    );
 }
 
 #[test]

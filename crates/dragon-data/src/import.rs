@@ -24,9 +24,6 @@ use crate::manifest::{
 use crate::rng::hash64;
 use crate::store::slug;
 
-/// File endings that are taken for audio in a folder.
-const AUDIO: [&str; 10] = ["wav", "flac", "ogg", "oga", "mp3", "aif", "aiff", "m4a", "mp4", "opus"];
-
 /// Longest caption accepted, in characters: more is a mistake, such as a whole lyric.
 const MAX_CAPTION_CHARS: usize = 1000;
 
@@ -84,7 +81,7 @@ pub fn import(options: &Options, stop: &AtomicBool) -> Result<Summary> {
     }
     let items = if options.from.is_dir() { folder(&options.from)? } else { list(&options.from)? };
     if items.is_empty() {
-        let detail = format!("looked for files ending in {}", AUDIO.join(", "));
+        let detail = format!("looked for files ending in {}", dragon_audio::ENDINGS.join(", "));
         return Err(Error::Nothing { what: "audio", path: options.from.clone(), detail });
     }
     if !options.skip_bad {
@@ -195,7 +192,11 @@ fn cut(
     if entries.is_empty() {
         let detail = match summary.stopped {
             true => "stopped before the first clip".to_owned(),
-            false => format!("refused {:?}, left out {:?}", summary.refused, summary.left_out),
+            false => {
+                let refused = summary.refused.iter().map(|(reason, n)| format!("{n} {reason}"));
+                let left_out = summary.left_out.iter().map(|line| line.lines().next().unwrap_or_default());
+                refused.chain(left_out.map(str::to_owned)).collect::<Vec<_>>().join("; ")
+            }
         };
         return Err(Error::Nothing { what: "excerpts", path: options.from.clone(), detail });
     }
@@ -276,7 +277,7 @@ fn folder(root: &Path) -> Result<Vec<Item>> {
                 continue;
             }
             let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_lowercase();
-            if !AUDIO.contains(&extension.as_str()) {
+            if !dragon_audio::ENDINGS.contains(&extension.as_str()) {
                 continue;
             }
             let text = path.with_extension("txt");

@@ -345,6 +345,11 @@ impl RewardSet {
         self.rewards.iter()
     }
 
+    /// The rewards, in order, to change.
+    pub fn iter_mut(&mut self) -> std::slice::IterMut<'_, Reward> {
+        self.rewards.iter_mut()
+    }
+
     /// Running normalisers of every reward, for a checkpoint.
     pub fn state(&self) -> Vec<Vec<RunningStats>> {
         self.rewards.iter().map(Reward::state).collect()

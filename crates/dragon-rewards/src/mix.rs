@@ -1,8 +1,9 @@
 //! Several rewards together: weighted sums of running-normalised rewards.
 //!
 //! Rewards have different units (a distance of 30, a cosine of 0.3), so each term is first put on a common scale:
-//! `weight * (r - mean)/std`, with the mean and standard deviation of everything observed so far in the run. Ours; the
-//! paper draws one of two rewards per step instead (5.5), which is [`crate::RewardSet::pick`].
+//! `weight * (r - mean)/std`, with the mean and standard deviation of everything observed so far in the run (in an
+//! evaluation, of the base's songs). Ours; the paper draws one of two rewards per step instead (5.5), which is
+//! [`crate::RewardSet::pick`].
 
 use serde::{Deserialize, Serialize};
 

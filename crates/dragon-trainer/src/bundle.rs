@@ -347,6 +347,7 @@ pub fn check_prompts<S: AsRef<str>>(bundle: &Path, prompts: impl IntoIterator<It
     }
     let (tokenizer, max_tokens) = match stable_audio::is_published(bundle) {
         true => stable_audio::tokenizer(bundle)?,
+        false if !bundle.join("bundle.json").exists() => return Err(no_bundle(bundle)),
         false => {
             (bundle.join("t5/tokenizer.json"), read_json::<Info>(&bundle.join("bundle.json"))?.max_tokens)
         }
@@ -381,7 +382,10 @@ pub fn check_prompts<S: AsRef<str>>(bundle: &Path, prompts: impl IntoIterator<It
 
 fn no_bundle(dir: &Path) -> Error {
     Error::Data {
-        problem: format!("there is no model folder `{}`", dir.display()),
+        problem: match dir.is_dir() {
+            true => format!("`{}` is no model folder: it has no bundle.json", dir.display()),
+            false => format!("there is no model folder `{}`", dir.display()),
+        },
         hint: "a model folder holds vae/, t5/, dit/ and bundle.json (the shipped one is fixtures/tiny), or Stable Audio Open \
                as published"
             .into(),

@@ -14,10 +14,6 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::run::{Meter, RunContext, write_atomic};
 
-/// Endings that count as audio when a folder is read.
-pub const AUDIO_ENDINGS: [&str; 12] =
-    ["wav", "flac", "ogg", "oga", "opus", "mp3", "mp2", "aif", "aiff", "m4a", "mp4", "caf"];
-
 /// Files decoded and embedded at a time; the audio of more is never held in memory.
 const BATCH: usize = 32;
 
@@ -114,7 +110,7 @@ pub(crate) fn some_left(n: usize, path: &Path, skipped: &[Skipped]) -> Result<()
 /// Whether a name ends as those of audio files do.
 pub fn is_audio(path: &Path) -> bool {
     let ending = path.extension().and_then(|e| e.to_str()).map(str::to_lowercase);
-    ending.is_some_and(|e| AUDIO_ENDINGS.contains(&e.as_str()))
+    ending.is_some_and(|e| dragon_audio::ENDINGS.contains(&e.as_str()))
 }
 
 /// The lines of a text file, without blanks at their ends.
@@ -157,7 +153,7 @@ pub(crate) fn find_files(path: &Path) -> Result<Vec<PathBuf>> {
     if found.is_empty() {
         return Err(Error::Data {
             problem: format!("the folder `{}` holds no audio", path.display()),
-            hint: format!("files ending in {} count as audio", AUDIO_ENDINGS.join(", ")),
+            hint: format!("files ending in {} count as audio", dragon_audio::ENDINGS.join(", ")),
         });
     }
     Ok(found.into_iter().collect())

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use dragon_encoders::clap::{self, ClapEncoder};
 use dragon_encoders::codec::{self, Codec};
 use dragon_encoders::musicnn::Musicnn;
@@ -12,6 +12,7 @@ use dragon_encoders::vggish::Vggish;
 use dragon_encoders::{AudioEncoder, Embeddings, TextEncoder};
 pub use dragon_encoders::{Setting, Tail};
 use dragon_metrics::{FrechetReference, GaussianStats, Rows};
+use dragon_nn::Rng;
 use dragon_rewards::{Exemplars, RewardConfig, RewardSet, Song, Source, View};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -155,13 +156,35 @@ impl EmbedConfig {
                     return Err(Error::io("read", path)(std::io::ErrorKind::NotFound.into()));
                 }
                 match exemplars {
-                    Exemplars::Audio { .. } => drop(embed::audio_files(path)?), // looks at each file
+                    // looks at each file
+                    Exemplars::Audio { .. } => enough_exemplars(embed::audio_files(path)?.len(), path)?,
                     Exemplars::Texts { .. } => drop(embed::read_texts(path)?),
+                    Exemplars::Statistics { .. } if path.is_dir() => {
+                        return Err(Error::Data {
+                            problem: format!("`{}` is a folder, not a file of statistics", path.display()),
+                            hint: "a folder of audio needs --set reward.exemplars.kind=audio".into(),
+                        });
+                    }
                     Exemplars::Statistics { .. } => {}
                 }
             }
         }
         Ok(())
+    }
+}
+
+/// Fewer songs than these give a covariance that is mostly chance: musicnn's has 200 dimensions, a song nine or so windows.
+const FEW_EXEMPLARS: usize = 100;
+
+/// # Errors
+/// If so few songs are no distribution.
+fn enough_exemplars(n: usize, path: &Path) -> Result<()> {
+    match n {
+        0 | 1 => Err(Error::Data {
+            problem: format!("`{}` holds {n} songs, too few exemplars for a distribution", path.display()),
+            hint: "it takes several songs, better a hundred".into(),
+        }),
+        _ => Ok(()),
     }
 }
 
@@ -306,6 +329,14 @@ impl Embedder {
         let rows: Vec<Rows> = match exemplars {
             Exemplars::Audio { path } => {
                 let files = embed::audio_files(path)?;
+                enough_exemplars(files.len(), path)?;
+                if files.len() < FEW_EXEMPLARS {
+                    tracing::warn!(
+                        "`{}` holds {} songs: a hundred or more say better what they have in common",
+                        path.display(),
+                        files.len()
+                    );
+                }
                 let songs = match encoder.audio() {
                     Some(encoder) => {
                         embed::embed_files(|file| embed::embed_file(encoder, setting, file), &files, ctx)?
@@ -334,6 +365,38 @@ impl Embedder {
         stats
             .and_then(|stats| FrechetReference::new(&stats))
             .map_err(Error::input("cannot make reference statistics"))
+    }
+
+    /// Scores two songs of noise, as long as the model's, by every reward: an embedding of another size than the
+    /// exemplars', or a song of too few windows, is found before the first song is made.
+    ///
+    /// # Errors
+    /// If a reward cannot score them.
+    pub fn try_out(&self, rewards: &RewardSet, bundle: &Bundle) -> Result<()> {
+        let mut rng = Rng::from_key("try out", 0);
+        let (_, channels, frames) = bundle.latent_shape(1);
+        let latents = rng.normal_tensor((2, channels, frames), DType::F32, &bundle.device)?;
+        let n_samples = frames * bundle.vae.config().hop();
+        let clips: Vec<Vec<f32>> =
+            (0..2).map(|_| (0..n_samples).map(|_| (0.2 * rng.normal()) as f32).collect()).collect();
+        let batch = Batch {
+            clips: &clips,
+            sample_rate_hz: bundle.sample_rate_hz(),
+            latents: Some(&latents),
+            captions: Some(&["noise", "more noise"]),
+            bundle: Some(bundle),
+        };
+        let songs = self.songs(rewards.sources(), &batch)?;
+        let songs: Vec<&Song> = songs.iter().collect();
+        for (i, reward) in rewards.iter().enumerate() {
+            let label = rewards.label(i).unwrap_or_default();
+            reward.set_score(&songs).map_err(|err| Error::Data {
+                problem: format!("`{label}` cannot score a song of this model: {err}"),
+                hint: "exemplars must come from the same encoder and setting; a distance takes several windows of a song"
+                    .into(),
+            })?;
+        }
+        Ok(())
     }
 
     /// Builds a reward, making the reference statistics it needs.

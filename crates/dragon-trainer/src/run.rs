@@ -135,6 +135,8 @@ impl RunFolder {
                 return Err(Error::Exists { path: dir, what: "a run already".to_owned() });
             }
             check_same(&run_toml, kind, &config)?;
+        } else if ctx.resume {
+            tracing::info!("`{}` holds no run yet: one begins", dir.display());
         }
         let versions = Versions {
             version: env!("CARGO_PKG_VERSION"),
@@ -159,7 +161,7 @@ impl RunFolder {
         self.dir.join("checkpoints")
     }
 
-    /// SHA-256 of kind and config without its `run` table, in hex.
+    /// SHA-256 of kind and config without its `run` table and the contents of files, in hex.
     pub fn config_sha256(&self) -> &str {
         &self.config_sha256
     }
@@ -291,6 +293,7 @@ pub(crate) const INPUTS: &str = "inputs_sha256";
 fn config_hash(kind: &str, config: &toml::Table) -> Result<String> {
     let mut config = config.clone();
     config.remove("run");
+    config.remove(INPUTS); // compared by `check_same`: which files are read depends on the table `run` too
     let text = toml::to_string(&config).map_err(|err| Error::Bug(format!("config to TOML: {err}")))?;
     Ok(hex(&Sha256::digest(format!("{kind}\n{text}"))))
 }
@@ -330,14 +333,16 @@ fn check_same(run_toml: &Path, kind: &str, config: &toml::Table) -> Result<()> {
     compare("", &old, &new, &mut differences);
     differences.retain(|line| !line.trim_start().starts_with("run."));
     if differences.is_empty() {
+        warn_of_another_cosine(&old, &new);
         let table = |inputs: Option<toml::Value>| match inputs {
             Some(toml::Value::Table(table)) => table,
             _ => toml::Table::new(),
         };
         let (old, new) = (table(old_inputs), table(new_inputs));
+        // A file that the run had not read so far (a monitor's, before it validated) cannot have changed.
         let changed: Vec<String> = new
             .iter()
-            .filter(|(name, hash)| old.get(*name) != Some(*hash))
+            .filter(|(name, hash)| old.get(*name).is_some_and(|old| old != *hash))
             .map(|(name, _)| format!("  {name}"))
             .collect();
         if changed.is_empty() {
@@ -352,6 +357,18 @@ fn check_same(run_toml: &Path, kind: &str, config: &toml::Table) -> Result<()> {
         "its config differs\n{}\nhint: use the config of the run (only `run.*` may change), or give another folder with --out",
         differences.join("\n")
     )))
+}
+
+/// Says so when a learning rate that falls along a cosine to `run.steps` gets another end: it jumps where the run goes on.
+fn warn_of_another_cosine(old: &toml::Table, new: &toml::Table) {
+    let steps = |config: &toml::Table| config.get("run")?.get("steps")?.as_integer();
+    let schedule = |section: &str| new.get(section)?.get("schedule")?.as_str();
+    let falls = ["train", "update"].into_iter().any(|section| schedule(section) == Some("cosine"));
+    if let (true, Some(before), Some(now)) = (falls && steps(old) != steps(new), steps(old), steps(new)) {
+        tracing::warn!(
+            "the learning rate falls along a cosine to `run.steps`, which was {before} and is {now}: it jumps to the new curve"
+        );
+    }
 }
 
 fn compare(prefix: &str, old: &toml::Table, new: &toml::Table, out: &mut Vec<String>) {

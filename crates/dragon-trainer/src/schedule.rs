@@ -39,7 +39,7 @@ mod tests {
         assert!((at(0) - 0.1).abs() < 1e-12 && (at(9) - 1.0).abs() < 1e-12);
         assert!((at(60) - 0.55).abs() < 1e-12 && (at(110) - 0.1).abs() < 1e-12);
         assert!((10..110).all(|step| at(step + 1) < at(step)));
-        assert_eq!(at(500), at(110), "a training that goes on keeps the last");
+        assert_eq!(at(500), at(110), "never below a tenth");
         assert_eq!(Schedule::Constant.factor(50, 10, 110), 1.0);
         assert_eq!(Schedule::Constant.factor(0, 0, 0), 1.0);
     }

@@ -4,6 +4,7 @@ mod common;
 
 use common::{bundle_in, tiny_bundle};
 use dragon_audio::{Clip, SampleFormat};
+use dragon_rewards::{RewardConfig, Term};
 use dragon_trainer::bundle::Split;
 use dragon_trainer::eval::{self, BootstrapConfig, EvalConfig, FoldersConfig, MetricConfig};
 use dragon_trainer::finetune::{self, FinetuneConfig};
@@ -68,6 +69,46 @@ fn the_base_against_itself_is_a_draw() {
     let html = std::fs::read_to_string(out.join("report.html")).unwrap();
     assert!(html.contains("per-song FAD") && html.contains("data:audio/wav") && !html.contains("http://"));
     assert_eq!(std::fs::read_dir(out.join("samples")).unwrap().count(), 4);
+}
+
+#[test]
+fn terms_of_a_weighted_sum_are_on_the_scale_of_the_base() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cfg = tiny_bundle(&bundle_in(&dir));
+    let metrics = metrics(&cfg);
+    let sum = |terms: [(f64, &MetricConfig); 2]| RewardConfig::WeightedSum {
+        terms: terms.map(|(weight, metric)| Term { weight, reward: metric.reward.clone() }).to_vec(),
+    };
+    // Of songs: the distance and its opposite twice as strong. Of sets: distances of 1 and a diversity of 1.
+    let (of_songs, of_sets) =
+        (sum([(1.0, &metrics[0]), (-3.0, &metrics[0])]), sum([(1.0, &metrics[1]), (1.0, &metrics[2])]));
+    let named =
+        |name: &str, reward: &RewardConfig| MetricConfig { name: name.into(), reward: reward.clone() };
+    cfg.validation.monitors = vec![named("of songs", &of_songs), named("of sets", &of_sets)];
+    let run = dir.path().join("run");
+    finetune::run(&cfg, &RunContext::new(&run)).unwrap();
+    let mut eval_cfg = eval_config(&cfg, &run);
+    eval_cfg.metrics = [metrics, cfg.validation.monitors.clone()].concat();
+    let found = eval::run(&eval_cfg, &RunContext::new(dir.path().join("eval"))).unwrap().metrics;
+    let (one, songs, sets) = (&found[0], &found[3], &found[4]);
+    // The mean of the base's songs is 0 and their deviation 2, that of 1 - 3 times one reward.
+    let deviation = |x: &[f64]| {
+        let mean = x.iter().sum::<f64>() / x.len() as f64;
+        (x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (x.len() - 1) as f64).sqrt()
+    };
+    assert!(songs.base.abs() < 1e-9, "{}", songs.base);
+    assert!((deviation(songs.base_songs.as_ref().unwrap()) - 2.0).abs() < 1e-9);
+    // A distance is printed with its sign turned, so that the sum moves with it, twice over the deviation.
+    let expected = 2.0 * (one.tuned - one.base) / deviation(one.base_songs.as_ref().unwrap());
+    assert!((songs.tuned - expected).abs() < 1e-9, "{} of {expected}", songs.tuned);
+    // Both terms of the sum of sets are near 0 over subsets of the base, not at -distance + diversity.
+    assert!(sets.subset_means.0.abs() < 1e-9, "{:?}", sets.subset_means);
+    // Validations have such a scale too.
+    let logged = common::metric(&run, "valid/of songs (base)");
+    assert!(
+        logged.iter().flatten().all(|x| x.abs() < 1e-9) && logged.iter().flatten().count() == 2,
+        "{logged:?}"
+    );
 }
 
 #[test]

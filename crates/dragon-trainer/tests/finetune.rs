@@ -7,8 +7,10 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{bundle_in, metric, same_bytes, tiny_bundle};
+use dragon_metrics::GaussianStats;
 use dragon_nn::LoraConfig;
 use dragon_rewards::Split as RewardSplit;
+use dragon_trainer::eval::MetricConfig;
 use dragon_trainer::finetune::{DemonstrationsConfig, FinetuneConfig, run};
 use dragon_trainer::losses::LossConfig;
 use dragon_trainer::{Error, RunContext};
@@ -252,6 +254,40 @@ fn a_run_does_not_continue_with_other_files_of_the_same_names() {
 
     std::fs::write(&path, noted).unwrap();
     assert_eq!(resume().unwrap().steps_done, 2);
+}
+
+#[test]
+fn validations_may_end_and_begin_where_a_run_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cfg = tiny_bundle(&bundle_in(&dir));
+    // Watched by a file that the reward does not read.
+    let (own, other) = (cfg.bundle.join("stats/latents.npz"), cfg.bundle.join("stats/other.npz"));
+    std::fs::copy(&own, &other).unwrap();
+    let text = toml::to_string(&cfg.reward).unwrap().replace("latents.npz", "other.npz");
+    let reward = toml::from_str(&text).unwrap();
+    cfg.validation.monitors = vec![MetricConfig { name: "other".into(), reward }];
+    let out = dir.path().join("run");
+    for (steps, validate_every) in [(1, 1), (2, 0), (3, 1)] {
+        (cfg.run.steps, cfg.run.validate_every) = (steps, validate_every);
+        run(&cfg, &RunContext { resume: true, ..RunContext::new(&out) }).unwrap();
+    }
+    let watched: Vec<bool> = metric(&out, "valid/other").iter().map(Option::is_some).collect();
+    assert_eq!(watched, [true, false, true]);
+}
+
+#[test]
+fn what_cannot_be_scored_is_found_before_the_run_begins() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cfg = tiny_bundle(&bundle_in(&dir));
+    let stats =
+        GaussianStats::new(vec![0.0; 3], vec![1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0], None).unwrap();
+    dragon_metrics::files::write_stats(&cfg.bundle.join("stats/three.npz"), "three", &stats).unwrap();
+    let text = toml::to_string(&cfg.reward).unwrap().replace("latents.npz", "three.npz");
+    cfg.reward = toml::from_str(&text).unwrap();
+    let out = dir.path().join("run");
+    let text = run(&cfg, &RunContext::new(&out)).unwrap_err().to_string();
+    assert!(text.contains("cannot score a song of this model") && text.contains("same encoder"), "{text}");
+    assert!(!out.exists(), "nothing to resume or to remove");
 }
 
 #[test]

@@ -21,7 +21,7 @@ Examples:
   dragon bench --presto                              the paper's base model at its size, random weights; 16 GB")]
 pub struct Args {
     /// Whose settings: a preset of presets/finetune
-    #[arg(long, default_value = "per-song-fad")]
+    #[arg(long, default_value = "per-song-fad", conflicts_with = "config")]
     preset: String,
     #[command(flatten)]
     config: ConfigArgs,

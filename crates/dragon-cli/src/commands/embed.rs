@@ -8,7 +8,7 @@ use anyhow::Result;
 use dragon_trainer::embed::{SongEmbeddings, embed_songs, save_embeddings, usable_files};
 use dragon_trainer::song_encoder::SongEncoder;
 
-use super::songs::{EmbedPreset, SongArgs, check_out, left_out};
+use super::songs::{self, EmbedPreset, SongArgs, check_out, left_out};
 use super::{FileArgs, context};
 use crate::settings;
 
@@ -37,7 +37,7 @@ pub struct Args {
 pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     let parent = check_out(&args.out, &["npz", "safetensors", "npy"])?;
     let mut overrides = args.config.overrides.clone();
-    overrides.extend(args.songs.overrides());
+    overrides.extend(args.songs.overrides()?);
     let preset: EmbedPreset = settings::resolve("embed/default", args.config.config.as_deref(), &overrides)?;
     SongEncoder::check(&preset.encoder, &preset.setting)?;
     let on_bad = args.songs.on_bad();
@@ -46,6 +46,7 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     let ctx = context(parent.to_owned(), false, stop);
     let (songs, bad) = embed_songs(|file| encoder.embed(file), &files, on_bad, &ctx)?;
     skipped.extend(bad);
+    songs::make_folder(parent)?;
     save_embeddings(&args.out, &songs)?;
     let n: usize = songs.iter().map(|song: &SongEmbeddings| song.rows.n()).sum();
     println!(

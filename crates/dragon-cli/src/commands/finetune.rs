@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use anyhow::{Result, bail};
-use dragon_trainer::eval::{self, Summary};
+use anyhow::{Context, Result, bail};
+use dragon_trainer::eval::{self, EvalConfig, Summary};
 use dragon_trainer::finetune::{self, FinetuneConfig};
 use toml::{Table, Value};
 
@@ -23,7 +23,7 @@ Examples:
   dragon finetune --resume                           continue where it stopped")]
 pub struct Args {
     /// What to optimise: a preset of presets/finetune
-    #[arg(long, default_value = "per-song-fad")]
+    #[arg(long, default_value = "per-song-fad", conflicts_with = "config")]
     preset: String,
     #[command(flatten)]
     config: ConfigArgs,
@@ -83,6 +83,22 @@ pub fn config(preset: &str, config: &ConfigArgs) -> Result<FinetuneConfig> {
     Ok(resolve(preset, config)?.finetune)
 }
 
+/// Checks what can be checked before weights are read, of the run and of the evaluation after it.
+///
+/// # Errors
+/// For the first thing that cannot work.
+pub fn check(preset: &str, config: &ConfigArgs) -> Result<()> {
+    let Preset { finetune, eval } = resolve(preset, config)?;
+    check_all(&finetune, &eval.of_model(finetune.bundle.clone(), PathBuf::new(), finetune.prompts.clone()))
+}
+
+fn check_all(config: &FinetuneConfig, measure: &EvalConfig) -> Result<()> {
+    config.check()?;
+    measure.check()?;
+    check_prompts(&config.bundle, &config.prompts)?;
+    measure.check_prompts().context("the evaluation after the last step (`eval.split`, `eval.n_prompts`)")
+}
+
 /// Fine-tunes by a preset in the folder `out` and measures the result there; `None` if it was stopped. With
 /// `run.resume` it goes on where the folder's run stopped, and what is measured already is not measured again.
 pub fn run_preset(
@@ -93,10 +109,8 @@ pub fn run_preset(
     stop: &Arc<AtomicBool>,
 ) -> Result<Option<Summary>> {
     let Preset { finetune: config, eval } = resolve(preset, config)?;
-    config.check()?;
     let measure = eval.of_model(config.bundle.clone(), out.to_owned(), config.prompts.clone());
-    measure.check()?;
-    check_prompts(&config.bundle, &config.prompts)?;
+    check_all(&config, &measure)?;
     let mut ctx = context(out.to_owned(), run.resume, stop);
     ctx.device = dragon_trainer::device(&run.device)?;
     let outcome = finetune::run(&config, &ctx)?;

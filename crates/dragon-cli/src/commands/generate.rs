@@ -1,10 +1,12 @@
 //! `dragon generate`: prompts to WAV files.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result};
+use dragon_trainer::bundle;
+use dragon_trainer::embed::is_audio;
 use dragon_trainer::generate::Wanted;
 
 use super::generator::Generator;
@@ -26,7 +28,7 @@ Examples:
 pub struct Args {
     /// The prompts
     prompts: Vec<String>,
-    /// A text file with one more prompt a line
+    /// More prompts: a text file with one a line, or a prompt file (.jsonl), whose captions are taken
     #[arg(long = "prompts", value_name = "FILE")]
     file: Option<PathBuf>,
     /// Use this tuned diffusion model (or that of this run); short for --set tuned=DIR
@@ -60,15 +62,29 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     overrides.extend(args.steps.map(|n| format!("sampler.n_steps={n}")));
     let (generator, seed, variants) = Generator::resolve(args.config.path(), &overrides)?;
     let mut prompts = args.prompts;
-    if let Some(file) = &args.file {
+    if let Some(file) = args.file.as_deref().filter(|file| file.extension().is_some_and(|e| e == "jsonl")) {
+        prompts.extend(bundle::read_prompts(file)?.into_iter().map(|prompt| prompt.caption));
+    } else if let Some(file) = &args.file {
         let text = std::fs::read_to_string(file)
             .with_context(|| format!("cannot read `{}`\nhint: check the path", file.display()))?;
         prompts.extend(text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned));
     }
     let mut ctx = context(args.out, false, stop);
     ctx.device = dragon_trainer::device(&args.device)?;
-    for file in generator.run(&Wanted::variants(&prompts, seed, variants)?, &ctx)? {
+    let wanted = Wanted::variants(&prompts, seed, variants)?;
+    let others = others_in(&ctx.out_dir, &wanted);
+    if others > 0 {
+        tracing::warn!("`{}` holds {others} other songs, which stay", ctx.out_dir.display());
+    }
+    for file in generator.run(&wanted, &ctx)? {
         println!("{}", file.display());
     }
     Ok(())
+}
+
+/// Songs in the folder that are not among the wanted ones; 0 if it cannot be read.
+fn others_in(dir: &Path, wanted: &[Wanted]) -> usize {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let other = |path: &Path| is_audio(path) && !wanted.iter().any(|song| path.ends_with(&song.file));
+    entries.filter(|entry| other(&entry.path())).count()
 }

@@ -129,6 +129,7 @@ pub struct RunArgs {
 /// Checks that the model reads every prompt of a file whole.
 fn check_prompts(bundle: &Path, file: &Path) -> Result<()> {
     let prompts = bundle::read_prompts(file)?;
+    bundle::check_prompts(bundle, [""; 0])?; // the model folder itself
     bundle::check_prompts(bundle, prompts.iter().map(|prompt| &prompt.caption))
         .with_context(|| format!("the prompts of `{}` cannot be used", file.display()))
 }

@@ -8,7 +8,7 @@ use anyhow::Result;
 use dragon_trainer::eval::{Summary, appendix_tables, win_rates};
 use dragon_trainer::run::write_atomic;
 
-use super::{ConfigArgs, RunArgs, check_prompts, finetune};
+use super::{ConfigArgs, RunArgs, finetune};
 use crate::settings;
 
 /// Fine-tune by several presets and print their win rates over the base as the paper's Table 1 does
@@ -47,9 +47,7 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     };
     // A mistake in the last preset should not wait for the runs before it.
     for preset in &presets {
-        let config = finetune::config(preset, &config)?;
-        config.check()?;
-        check_prompts(&config.bundle, &config.prompts)?;
+        finetune::check(preset, &config)?;
     }
     let run = RunArgs { resume: true, device: args.device };
     let mut done: Vec<(String, Summary)> = Vec::new();

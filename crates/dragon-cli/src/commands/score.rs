@@ -82,7 +82,7 @@ fn metric(name: &str) -> std::result::Result<Metric, String> {
 /// Runs the command.
 pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     let mut overrides = args.config.overrides();
-    overrides.extend(args.songs.overrides());
+    overrides.extend(args.songs.overrides()?);
     overrides.extend(args.convention.map(|convention| format!("convention={:?}", convention.name())));
     let mut metrics = args.metrics.clone();
     let distances = args.per_song && args.reference.is_some();

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use dragon_metrics::Convention;
 use dragon_trainer::cache::Cache;
@@ -18,10 +18,10 @@ use crate::settings;
 pub struct SongArgs {
     /// `musicnn`, `clap` (the shipped one), `vae` (latent frames of a model folder), or a published model's file or folder:
     /// CLAP (ours, Hugging Face's, or LAION's .pt with tokenizer.json beside it), EnCodec, DAC, VGGish, Stable Audio;
-    /// short for --set encoder=…
+    /// in a config, the table `encoder`
     #[arg(long, value_name = "NAME or PATH")]
     encoder: Option<String>,
-    /// How a song is cut into windows; short for --set setting=…
+    /// How a song is cut into windows; in a config, the table `setting`
     #[arg(long, value_enum)]
     setting: Option<SettingName>,
     /// Seconds between windows; short for --set setting.hop_s=S
@@ -68,8 +68,19 @@ pub struct EmbedPreset {
 
 impl SongArgs {
     /// What the arguments change in a preset with `encoder` and `setting`.
-    pub fn overrides(&self) -> Vec<String> {
+    ///
+    /// # Errors
+    /// If the encoder is no name and no path.
+    pub fn overrides(&self) -> Result<Vec<String>> {
         let mut overrides = Vec::new();
+        if let Some(given) =
+            self.encoder.as_deref().filter(|given| !["musicnn", "clap", "vae"].contains(given))
+            && !settings::path(given).exists()
+        {
+            bail!(
+                "there is no encoder `{given}`\nhint: name musicnn, clap, vae, or the file or folder of a published model"
+            );
+        }
         let encoder = self.encoder.as_deref().map(|encoder| match encoder {
             "musicnn" => {
                 r#"encoder={ kind = "musicnn", weights = "builtin:musicnn/mtt_musicnn.safetensors" }"#.into()
@@ -102,7 +113,7 @@ impl SongArgs {
             format!("setting={value}")
         }));
         overrides.extend(self.hop.map(|hop| format!("setting.hop_s={hop:?}")));
-        overrides
+        Ok(overrides)
     }
 
     /// Where tensors live.
@@ -131,7 +142,8 @@ pub fn convention(name: &str) -> std::result::Result<Convention, String> {
         .ok_or_else(|| format!("expected one of {}", Convention::ALL.map(Convention::name).join(", ")))
 }
 
-/// Checks that a file of embeddings or statistics can be written to `out`; gives its folder.
+/// Checks that a file of embeddings or statistics can be written to `out`; gives its folder, which [`make_folder`] makes when
+/// there is something to write.
 pub fn check_out<'a>(out: &'a Path, endings: &[&str]) -> Result<&'a Path> {
     let ending = out.extension().and_then(|e| e.to_str()).unwrap_or_default();
     if !endings.contains(&ending) {
@@ -142,14 +154,15 @@ pub fn check_out<'a>(out: &'a Path, endings: &[&str]) -> Result<&'a Path> {
         );
     }
     let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    if !parent.is_dir() {
-        bail!(
-            "there is no folder `{}` to write `{}` to\nhint: make it, or check the path",
-            parent.display(),
-            out.display()
-        );
+    if let Some(found) = parent.ancestors().find(|dir| dir.exists()).filter(|dir| !dir.is_dir()) {
+        bail!("cannot write `{}`: `{}` is a file\nhint: name another place", out.display(), found.display());
     }
     Ok(parent)
+}
+
+/// Makes the folder of an output, if it is not there.
+pub fn make_folder(dir: &Path) -> Result<()> {
+    std::fs::create_dir_all(dir).with_context(|| format!("cannot make the folder `{}`", dir.display()))
 }
 
 /// The end of a line about songs: how many files were left out.

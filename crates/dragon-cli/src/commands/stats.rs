@@ -47,7 +47,7 @@ pub struct Args {
 pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     let parent = check_out(&args.out, &["npz", "safetensors"])?;
     let mut overrides = args.config.overrides.clone();
-    overrides.extend(args.songs.overrides());
+    overrides.extend(args.songs.overrides()?);
     let preset: EmbedPreset = settings::resolve("embed/default", args.config.config.as_deref(), &overrides)?;
     SongEncoder::check(&preset.encoder, &preset.setting)?;
     let on_bad = args.songs.on_bad();
@@ -70,6 +70,7 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     };
     let ctx = context(parent.to_owned(), false, stop);
     let done = stats_of(given, encoder.as_ref(), args.convention, on_bad, &ctx)?;
+    songs::make_folder(parent)?;
     write_stats(&args.out, &name, &done.stats)?;
     println!(
         "{}: statistics `{name}` of {} embeddings [{}] of {} {}{}{}",

@@ -11,11 +11,31 @@ use super::{BootstrapConfig, MetricConfig, MetricResult, Monitor, SongResult, Su
 use crate::error::{Error, Result};
 use crate::rollout::MONITORS;
 
+/// Puts the terms of a weighted sum on the base's scale: its mean and deviation over the songs, or over subsets of them for
+/// a reward of sets. Other rewards have no scale.
+///
+/// # Errors
+/// If a song or a subset cannot be scored.
+pub(crate) fn scale_by_base(
+    reward: &mut Reward,
+    base: &[&Song],
+    subsets: &[Vec<usize>],
+) -> std::result::Result<(), dragon_rewards::Error> {
+    match reward {
+        Reward::Instance(reward) => reward.observe(base),
+        Reward::Distribution(reward) => {
+            let sets: Vec<Vec<&Song>> =
+                subsets.iter().map(|members| members.iter().map(|&m| base[m]).collect()).collect();
+            reward.observe(&sets.iter().map(Vec::as_slice).collect::<Vec<_>>())
+        }
+    }
+}
+
 /// How two systems are compared, whatever made their songs.
 pub(super) struct Comparison<'a> {
     pub metrics: &'a [MetricConfig],
     /// One reward a metric, in their order.
-    pub rewards: &'a RewardSet,
+    pub rewards: &'a mut RewardSet,
     pub bootstrap: BootstrapConfig,
     /// Seed of the subsets.
     pub seed: u64,
@@ -29,12 +49,12 @@ impl Comparison<'_> {
     /// # Errors
     /// If a metric cannot score the songs.
     pub fn summary(
-        &self,
+        self,
         systems: &[System; 2],
         songs: Vec<SongResult>,
         names: [String; 2],
     ) -> Result<Summary> {
-        let Self { metrics, rewards, bootstrap, seed, paired } = *self;
+        let Self { metrics, rewards, bootstrap, seed, paired } = self;
         let failed = |err: dragon_metrics::Error| Error::input("cannot compare the systems")(err);
         let sizes: Vec<usize> = systems.iter().map(|system| system.songs.len()).collect();
         let subsets: Vec<Vec<Vec<usize>>> = sizes
@@ -54,8 +74,10 @@ impl Comparison<'_> {
         let all: Vec<Vec<&Song>> = systems.iter().map(|system| system.songs.iter().collect()).collect();
         let mut results = Vec::with_capacity(metrics.len());
         for (i, metric) in metrics.iter().enumerate() {
-            let reward = rewards.get(i).ok_or_else(|| Error::Bug(format!("no reward {i}")))?;
+            let reward = rewards.get_mut(i).ok_or_else(|| Error::Bug(format!("no reward {i}")))?;
             let refused = |err: dragon_rewards::Error| Error::input(format!("metric `{}`", metric.name))(err);
+            scale_by_base(reward, &all[0], &subsets[0]).map_err(refused)?;
+            let reward = &*reward;
             let full: Vec<f64> = all
                 .iter()
                 .map(|songs| reward.set_score(songs))

@@ -6,7 +6,7 @@ use dragon_diffusion::SamplerConfig;
 use dragon_rewards::RewardConfig;
 use serde::{Deserialize, Serialize};
 
-use crate::bundle::{Length, Split};
+use crate::bundle::{self, Length, Split};
 use crate::embedder::EmbedConfig;
 use crate::error::{Error, Result};
 
@@ -27,7 +27,7 @@ pub struct EvalConfig {
     pub prompts: PathBuf,
     /// Which of its prompts; `test` was not tuned on.
     pub split: Split,
-    /// How many of them, from the start of the file.
+    /// How many of them, spread evenly over the split.
     pub n_prompts: usize,
     /// How latents are sampled; paper: 40 steps.
     pub sampler: SamplerConfig,
@@ -105,6 +105,14 @@ impl EvalConfig {
         }
         self.sampler.guidance.check().map_err(Error::input("sampler.guidance"))?;
         check_metrics(&self.metrics, &self.embed, self.bootstrap)
+    }
+
+    /// Checks that the prompt file has enough prompts of the split.
+    ///
+    /// # Errors
+    /// If not, or if it cannot be read.
+    pub fn check_prompts(&self) -> Result<()> {
+        bundle::some_prompts_of(&self.prompts, self.split, self.n_prompts).map(drop)
     }
 }
 

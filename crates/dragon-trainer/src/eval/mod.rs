@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use dragon_rewards::{RewardConfig, RewardSet};
 use sha2::{Digest, Sha256};
 
+pub(crate) use compare::scale_by_base;
 pub use config::{BootstrapConfig, EvalConfig, FoldersConfig, MetricConfig, target_first};
 pub(crate) use summary::number;
 pub use summary::{MetricResult, Monitor, SongResult, Summary};
@@ -48,7 +49,8 @@ pub fn run(cfg: &EvalConfig, ctx: &RunContext) -> Result<Summary> {
     let tuned_dir = tuned_dir(&cfg.tuned)?;
     let bundle = Bundle::load_for(&cfg.bundle, &cfg.length, &ctx.device)?;
     let (base, tuned) = (bundle.diffusion.base()?, bundle.diffusion.tuned(&tuned_dir)?);
-    let (embedder, rewards) = rewards_of(&cfg.embed, &cfg.metrics, Some(&bundle), ctx)?;
+    let (embedder, mut rewards) = rewards_of(&cfg.embed, &cfg.metrics, Some(&bundle), ctx)?;
+    embedder.try_out(&rewards, &bundle)?;
     let mut meter = Meter::new(ctx.progress, 2 * prompts.len(), 0, 1.0, "songs");
     let texts = TextCache::default();
     let sampling = Sampling { bundle: &bundle, texts: &texts, sampler: &cfg.sampler, batch: cfg.batch };
@@ -63,7 +65,7 @@ pub fn run(cfg: &EvalConfig, ctx: &RunContext) -> Result<Summary> {
     let names = ["base".to_owned(), "tuned".to_owned()];
     let comparison = Comparison {
         metrics: &cfg.metrics,
-        rewards: &rewards,
+        rewards: &mut rewards,
         bootstrap: cfg.bootstrap,
         seed: cfg.seed,
         paired: true,
@@ -129,7 +131,7 @@ pub fn run_folders(cfg: &FoldersConfig, ctx: &RunContext) -> Result<Summary> {
         Some(dir) => Some(Bundle::load(dir, &ctx.device)?),
         None => None,
     };
-    let (embedder, rewards) = rewards_of(&cfg.embed, &cfg.metrics, bundle.as_ref(), ctx)?;
+    let (embedder, mut rewards) = rewards_of(&cfg.embed, &cfg.metrics, bundle.as_ref(), ctx)?;
     let needs_text = cfg.metrics.iter().any(|m| m.reward.sources().iter().any(|s| m.reward.needs_text(s)));
     let mut meter = Meter::new(ctx.progress, files[0].len() + files[1].len(), 0, 1.0, "songs");
     let listener = Listener {
@@ -154,7 +156,7 @@ pub fn run_folders(cfg: &FoldersConfig, ctx: &RunContext) -> Result<Summary> {
     let names = [&cfg.base, &cfg.tuned].map(|dir| dir.display().to_string());
     let comparison = Comparison {
         metrics: &cfg.metrics,
-        rewards: &rewards,
+        rewards: &mut rewards,
         bootstrap: cfg.bootstrap,
         seed: cfg.seed,
         paired,

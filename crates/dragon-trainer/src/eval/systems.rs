@@ -129,7 +129,7 @@ pub(super) fn files_of(cfg: &FoldersConfig) -> Result<([Vec<PathBuf>; 2], bool)>
     let common: Vec<PathBuf> = names[0].iter().filter(|name| names[1].contains(name)).cloned().collect();
     let paired = common.len() >= 2;
     if paired {
-        for (files, names) in files.iter_mut().zip(&names) {
+        for ((files, names), dir) in files.iter_mut().zip(&names).zip(folders) {
             if let Some(i) = (1..names.len()).find(|&i| names[..i].contains(&names[i])) {
                 return Err(Error::Data {
                     problem: format!("another song than `{}` has its name too", files[i].display()),
@@ -139,10 +139,7 @@ pub(super) fn files_of(cfg: &FoldersConfig) -> Result<([Vec<PathBuf>; 2], bool)>
             }
             let dropped = files.len() - common.len();
             if dropped > 0 {
-                tracing::warn!(
-                    "{dropped} files of `{}` have no partner and are left out",
-                    files[0].display()
-                );
+                tracing::warn!("{dropped} files of `{}` have no partner and are left out", dir.display());
             }
             *files = common
                 .iter()

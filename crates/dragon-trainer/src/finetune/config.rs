@@ -126,7 +126,7 @@ pub struct UpdateConfig {
     /// Weight of a squared error by its noise level.
     pub weighting: Weighting,
     /// Words of which one must be in the name of a variable for it to be tuned; empty, all are (as in the paper).
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default)]
     pub parameters: Vec<String>,
     /// Adapters that are tuned instead of weights of the network; the reference is the network without them.
     #[serde(default, skip_serializing_if = "Option::is_none")]

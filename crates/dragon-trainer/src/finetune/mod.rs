@@ -54,6 +54,7 @@ pub fn run(cfg: &FinetuneConfig, ctx: &RunContext) -> Result<Outcome> {
     let sources: Vec<_> = cfg.watched().chain([&cfg.reward]).flat_map(|reward| reward.sources()).collect();
     let embedder = Embedder::load(&cfg.embed, &sources, &bundle.device)?;
     let rewards = embedder.reward(&cfg.reward, Some(&bundle), ctx)?;
+    embedder.try_out(&rewards, &bundle)?;
     let mut task = FinetuneTask::new(cfg, &bundle, &embedder, rewards, train, valid, ctx)?;
     tracing::info!(
         "fine-tuning {:.2} M parameters towards {}",

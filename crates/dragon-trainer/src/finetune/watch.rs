@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 
 use candle_core::DType;
 use dragon_diffusion::DiffusionModel;
-use dragon_metrics::Better;
+use dragon_metrics::{Better, bootstrap_indices};
 use dragon_rewards::{Reward, RewardConfig, RewardSet, Song};
 
 use super::generations::not_asked_to_stop;
@@ -13,6 +13,7 @@ use super::{FinetuneConfig, FinetuneTask};
 use crate::bundle::{Bundle, Prompt};
 use crate::embedder::Embedder;
 use crate::error::{Error, Result};
+use crate::eval::scale_by_base;
 use crate::rollout::Sampling;
 use crate::run::RunContext;
 
@@ -34,6 +35,9 @@ struct Scores {
 }
 
 impl Validation {
+    /// Subsets of the base's songs that give the scale of a weighted sum of rewards of sets.
+    const SUBSETS: usize = 20;
+
     /// # Errors
     /// If a reward cannot be built.
     pub fn new(
@@ -49,7 +53,9 @@ impl Validation {
         };
         let all =
             RewardConfig::RandomMix { rewards: own.into_iter().chain(cfg.watched().cloned()).collect() };
-        Ok(Self { prompts, rewards: embedder.reward(&all, Some(bundle), ctx)?, base: None })
+        let rewards = embedder.reward(&all, Some(bundle), ctx)?;
+        embedder.try_out(&rewards, bundle)?;
+        Ok(Self { prompts, rewards, base: None })
     }
 
     /// Generates for the prompts and scores: `reward`, `reward_base` and `win_rate` of the run's (first) reward, and of each
@@ -66,7 +72,15 @@ impl Validation {
             .load_state(&own.into_iter().chain(state.into_iter().skip(n_own)).collect::<Vec<_>>())
             .map_err(refused)?;
         if self.base.is_none() {
-            self.base = Some(self.songs(task, task.reference.as_ref())?);
+            let songs = self.songs(task, task.reference.as_ref())?;
+            let base: Vec<&Song> = songs.iter().collect();
+            // Weighted sums among the monitors are on the base's scale, as in the evaluation.
+            let subsets = bootstrap_indices(task.cfg.seed, Self::SUBSETS, base.len(), base.len())
+                .map_err(Error::input("validation"))?;
+            for reward in self.rewards.iter_mut().skip(n_own) {
+                scale_by_base(reward, &base, &subsets).map_err(refused)?;
+            }
+            self.base = Some(songs);
         }
         let tuned = self.songs(task, task.policy.frozen(task.exported(), DType::F32)?.as_ref())?;
         let base = self.base.as_deref().unwrap_or_default();
