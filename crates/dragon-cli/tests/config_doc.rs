@@ -2,9 +2,13 @@
 //!
 //! `DRAGON_BLESS=1 cargo test --release --workspace` writes it anew.
 
+mod common;
+
 use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
+
+use common::{refused, write_tone};
 
 /// The presets in the order of the documentation, with the command that reads each.
 const PRESETS: &[(&str, &str)] = &[
@@ -42,6 +46,72 @@ A command takes its preset, or the file given by `--config`, then each `--set KE
 for `--set seed=N`. Values are TOML; a word that is none is a string. A key that does not exist is an error. Paths that
 start with `builtin:` lie in `fixtures/`. A key whose default is none is optional, and the text says what holds without it.
 The last column has the value of the DRAGON paper, or `unknown` where it has such a setting and does not tell it.
+
+A file may begin with a preset and say what differs; a table of another `kind` replaces the one below whole.
+`dragon finetune --config FILE` takes each of these:
+
+```toml
+# DPO (paper eq. 6) with adapters, towards the music in a folder
+extends = \"finetune/dataset-fad\"
+
+[reward.exemplars]
+kind = \"audio\"
+path = \"my-songs\"
+
+[loss]
+kind = \"dpo\"
+beta = 50.0
+
+[update.lora]
+rank = 8
+alpha = 8.0
+targets = [\"query\", \"key\", \"value\", \"attention_out\"]
+```
+
+```toml
+# MaPO (Hong et al. 2024), which has no reference model
+extends = \"finetune/per-song-fad\"
+
+[loss]
+kind = \"mapo\"
+b = 0.1
+```
+
+```toml
+# several rewards at once, each in units of its own deviation
+extends = \"finetune/per-song-fad\"
+
+[reward]
+kind = \"weighted_sum\"
+
+[[reward.terms]]
+weight = 1.0
+reward = { kind = \"clap_score\", encoder = \"clap\", setting = \"ma\", clip = \"before_mean\" }
+
+[[reward.terms]]
+weight = 0.5
+reward = { kind = \"vendi\", encoder = \"musicnn\", setting = \"windows\", pooling = \"song_mean\" }
+```
+
+```toml
+# several rewards, one drawn at every step (paper 5.5)
+extends = \"finetune/per-song-fad\"
+
+[reward]
+kind = \"random_mix\"
+
+[[reward.rewards]]
+kind = \"clap_score\"
+encoder = \"clap\"
+setting = \"ma\"
+clip = \"before_mean\"
+
+[[reward.rewards]]
+kind = \"vendi\"
+encoder = \"musicnn\"
+setting = \"windows\"
+pooling = \"song_mean\"
+```
 ";
 
 /// A line of a preset that sets a key, also one that is commented out.
@@ -204,4 +274,22 @@ fn the_documentation_is_made_of_the_presets() {
     }
     let known = std::fs::read_to_string(&path).unwrap_or_default();
     assert!(known == out, "docs/config.md is not what the presets say: write it anew with DRAGON_BLESS=1");
+}
+
+/// Each example of a file must be read, up to a key that is made wrong.
+#[test]
+fn the_examples_of_files_are_valid() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("my-songs")).unwrap();
+    for name in ["a.wav", "b.wav"] {
+        write_tone(&dir.path().join("my-songs").join(name), 6.0, 0.3);
+    }
+    let examples: Vec<&str> =
+        HEAD.split("```toml\n").skip(1).filter_map(|text| text.split("```").next()).collect();
+    assert_eq!(examples.len(), 4);
+    for example in examples {
+        std::fs::write(dir.path().join("own.toml"), example).unwrap();
+        let command = "finetune --config own.toml --out new --set eval.n_prompts=1";
+        refused(dir.path(), command, &["`n_prompts`", "at least 2"]);
+    }
 }

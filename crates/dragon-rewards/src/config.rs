@@ -51,6 +51,16 @@ impl Exemplars {
         Ok(Some(FrechetReference::new(&files::read_stats(path, name.as_deref())?)?))
     }
 
+    /// What they are called: the name of the statistics, or of the file or folder.
+    fn name(&self) -> String {
+        let (Exemplars::Audio { path } | Exemplars::Texts { path } | Exemplars::Statistics { path, .. }) =
+            self;
+        match self {
+            Exemplars::Statistics { name: Some(name), .. } => name.clone(),
+            _ => path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned(),
+        }
+    }
+
     fn describe(&self) -> String {
         match self {
             Exemplars::Audio { path } => format!("audio `{}`", path.display()),
@@ -171,7 +181,7 @@ impl RewardConfig {
         matches!(self, RewardConfig::PerSongFad { .. } | RewardConfig::DatasetFad { .. })
     }
 
-    /// Short name for tables: `per_song_fad(musicnn/ma)`, `mix(a | b)`.
+    /// Short name for tables: `per_song_fad(musicnn/ma to my-songs)`, `mix(a | b)`.
     pub fn label(&self) -> String {
         let join = |labels: Vec<String>, by: &str| labels.join(by);
         match self {
@@ -182,8 +192,12 @@ impl RewardConfig {
             RewardConfig::RandomMix { rewards } => {
                 format!("mix({})", join(rewards.iter().map(RewardConfig::label).collect(), " | "))
             }
-            RewardConfig::PerSongFad { encoder, setting, .. } => format!("per_song_fad({encoder}/{setting})"),
-            RewardConfig::DatasetFad { encoder, setting, .. } => format!("dataset_fad({encoder}/{setting})"),
+            RewardConfig::PerSongFad { encoder, setting, exemplars } => {
+                format!("per_song_fad({encoder}/{setting} to {})", exemplars.name())
+            }
+            RewardConfig::DatasetFad { encoder, setting, exemplars } => {
+                format!("dataset_fad({encoder}/{setting} to {})", exemplars.name())
+            }
             RewardConfig::Vendi { encoder, setting, .. } => format!("vendi({encoder}/{setting})"),
             RewardConfig::ClapScore { encoder, setting, .. } => format!("clap_score({encoder}/{setting})"),
         }

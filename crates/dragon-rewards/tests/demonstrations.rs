@@ -225,7 +225,7 @@ fn a_config_builds_its_reward_and_asks_once_for_each_reference() {
     .unwrap();
     assert_eq!(
         config.label(),
-        "mix(per_song_fad(musicnn/ma) | clap_score(clap/ma) | sum(1*dataset_fad(musicnn/ma) + 0.5*vendi(clap/ma)))"
+        "mix(per_song_fad(musicnn/ma to music) | clap_score(clap/ma) | sum(1*dataset_fad(musicnn/ma to music) + 0.5*vendi(clap/ma)))"
     );
     let source = |encoder: &str| Source { encoder: encoder.into(), setting: "ma".into() };
     assert_eq!(config.sources(), [source("musicnn"), source("clap")]);

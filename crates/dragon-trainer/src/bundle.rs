@@ -245,7 +245,7 @@ pub fn frozen(params: &Params, device: &Device) -> VarBuilder<'static> {
 
 fn load_weights(params: &Params, path: &Path) -> Result<()> {
     if !path.exists() {
-        return Err(Error::io("read", path)(std::io::ErrorKind::NotFound.into()));
+        return Err(Error::missing(path));
     }
     params.load(path).map_err(Error::input(
         "cannot load weights\nhint: take config.json and model.safetensors from one training",

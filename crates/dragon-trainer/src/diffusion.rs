@@ -214,7 +214,7 @@ fn write_model(dir: &Path, architecture: &Architecture, weights: &Weights) -> Re
 /// The weights in a file with the model's own names.
 fn read_weights(architecture: &Architecture, path: &Path, device: &Device) -> Result<Weights> {
     if !path.exists() {
-        return Err(Error::io("read", path)(std::io::ErrorKind::NotFound.into()));
+        return Err(Error::missing(path));
     }
     let refused = "cannot load weights\nhint: take config and weights from one training";
     let loader = Loader::same_names(Checkpoint::open(path).map_err(Error::input(refused))?);

@@ -153,7 +153,7 @@ impl EmbedConfig {
                 | Exemplars::Texts { path }
                 | Exemplars::Statistics { path, .. }) = &exemplars;
                 if !path.exists() {
-                    return Err(Error::io("read", path)(std::io::ErrorKind::NotFound.into()));
+                    return Err(Error::missing(path));
                 }
                 match exemplars {
                     // looks at each file

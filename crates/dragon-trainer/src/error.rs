@@ -157,6 +157,14 @@ impl Error {
         move |source| Error::Io { action, path, source }
     }
 
+    /// A file or folder that is not there.
+    pub fn missing(path: &Path) -> Error {
+        Error::io("read", path)(std::io::Error::new(
+            std::io::ErrorKind::NotFound,
+            "there is no such file or folder",
+        ))
+    }
+
     /// A config key whose value cannot work.
     pub fn config(key: &str, expected: impl ToString, found: impl ToString) -> Error {
         Error::Config { key: key.to_owned(), expected: expected.to_string(), found: found.to_string() }

@@ -95,7 +95,7 @@ impl Given {
         let content = if path.is_dir() {
             look_into(path, on_bad, &mut skipped)?
         } else if !path.exists() {
-            return Err(Error::io("read", path)(std::io::ErrorKind::NotFound.into()));
+            return Err(Error::missing(path));
         } else if embed::is_audio(path) {
             let (files, bad) = embed::usable_files(path, on_bad)?;
             skipped = bad;

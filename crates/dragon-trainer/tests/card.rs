@@ -94,6 +94,10 @@ fn the_card_of_the_shipped_model_puts_real_music_before_noise() {
     assert_eq!(card.clap.as_ref().unwrap().n, 8);
     // CLAP and tagger on the music and on the generations.
     assert_eq!(card.captions.len(), 4);
+    let names: Vec<&str> = card.music.iter().map(|test| test.name.as_str()).collect();
+    assert_eq!(names, ["per-song FAD, musicnn", "per-song FAD, clap", "CLAP score, clap"]);
+    let fad = &card.music[0];
+    assert!(fad.won.n == 4 && fad.music < fad.generations && fad.won.rate > 0.5, "{fad:?}");
     let json = std::fs::read(out.join("card.json")).unwrap();
     assert_eq!(json, serde_json::to_vec_pretty(&card).unwrap());
     assert!(std::fs::read_to_string(out.join("card.html")).unwrap().contains("fast piano"));

@@ -23,8 +23,8 @@ Examples:
   dragon generate --prompts prompts.txt --variants 4 --out songs
   dragon generate \"a slow harp melody\" --tuned runs/finetune-per-song-fad
   dragon generate \"a slow harp melody\" --seed 7 --set sampler.guidance.scale=0.8
-  dragon generate \"a slow harp melody\" --model stable-audio-open-1.0 --set seconds=20
-  dragon generate \"a slow harp melody\" --model musicgen-small --set sampler.top_k=50")]
+  dragon generate \"a slow harp melody\" --model models/stable-audio-open-1.0 --set seconds=20
+  dragon generate \"a slow harp melody\" --model models/musicgen-small --set sampler.top_k=50")]
 pub struct Args {
     /// The prompts
     prompts: Vec<String>,

@@ -30,7 +30,7 @@ Examples:
   dragon score songs-a songs-b --metric vendi                diversity needs no reference
   dragon score songs-a --prompts prompts.jsonl --metric clap-score --encoder clap --setting ma
   dragon score --reference ref.npz songs-a --convention fadtk-1.1
-  dragon score builtin:tiny runs/finetune-vendi stable-audio-open-1.0 musicgen-small --encoder clap --setting ma \
+  dragon score builtin:tiny runs/finetune-vendi models/stable-audio-open-1.0 models/musicgen-small --encoder clap --setting ma \
       --prompts builtin:tiny/prompts.jsonl --reference builtin:tiny/stats/clap-recordings.npz
                                                              models: songs for 64 prompts each, then scored")]
 pub struct Args {

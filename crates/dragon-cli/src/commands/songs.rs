@@ -45,9 +45,9 @@ pub struct SongArgs {
 /// A setting by name.
 #[derive(Clone, Copy, ValueEnum)]
 enum SettingName {
-    /// Windows at a fixed hop, as many as fit whole
+    /// A window every 0.256 s, as many as fit whole: nine of musicnn's 3 s in 5.12 s
     Windows,
-    /// Windows at a fixed hop, zero-padded at the end, as the program fadtk has them
+    /// A window every second, zero-padded at the end, as the program fadtk has them
     Fadtk,
     /// What the encoder's own reference cuts a song into: latent frames of EnCodec, DAC and Stable Audio, 0.96 s for VGGish (the
     /// default for these)
@@ -106,7 +106,7 @@ impl SongArgs {
         overrides.extend(self.setting.map(|setting| {
             let value = match setting {
                 SettingName::Windows => r#"{ kind = "fadtk", hop_s = 0.256, tail = "whole_windows" }"#,
-                SettingName::Fadtk => r#"{ kind = "fadtk", hop_s = 0.256, tail = "zero_padded" }"#,
+                SettingName::Fadtk => r#"{ kind = "fadtk", hop_s = 1.0, tail = "zero_padded" }"#,
                 SettingName::Frames => r#"{ kind = "frames" }"#,
                 SettingName::Ma => r#"{ kind = "ma", n_windows = 8, whole = true }"#,
             };

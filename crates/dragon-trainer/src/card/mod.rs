@@ -6,6 +6,7 @@
 //! stands between the best that a finite sample of real music reaches and what needs no model at all.
 
 mod asked;
+mod music;
 mod page;
 
 use std::ops::Range;
@@ -22,6 +23,7 @@ use dragon_metrics::{FrechetReference, Rows};
 use dragon_nn::Params;
 use dragon_rewards::{Song, Source};
 use dragon_vae::losses::{Floor, MelLoss, si_sdr};
+pub use music::MusicTest;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -67,6 +69,8 @@ pub struct Card {
     pub systems: Vec<SystemCard>,
     /// Whether songs follow their captions; one entry a judge.
     pub captions: Vec<CaptionTest>,
+    /// What rewards of songs say of music beside the generations.
+    pub music: Vec<MusicTest>,
     /// Retrieval among held-out pieces, if the model folder has a CLAP.
     pub clap: Option<Retrieval>,
 }
@@ -207,6 +211,7 @@ pub fn run(cfg: &CardConfig, bundle: &Path, manifest: &Path, ctx: &RunContext) -
         n_clips: (reference.len(), other.len()),
         vae: measure.vae(&other)?,
         captions: asked::caption_tests(cfg, &systems, &captions, measure.tagger.tags())?,
+        music: music::music_tests(cfg, &systems[0], &systems[2], &references)?,
         systems: cards,
         clap: measure.retrieval(manifest)?,
     };

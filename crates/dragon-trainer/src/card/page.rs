@@ -1,5 +1,7 @@
 //! The card in tables, and as a page with pictures and players.
 
+use dragon_metrics::WinRate;
+
 use super::asked::in_words;
 use super::{Card, CardConfig, System};
 use crate::eval::number;
@@ -50,19 +52,24 @@ impl Card {
                 .captions
                 .iter()
                 .map(|t| {
-                    let won = &t.won;
-                    let share = format!(
-                        "{:.1} % of {} ({:.1} to {:.1})",
-                        100.0 * won.rate,
-                        won.n,
-                        100.0 * won.lower,
-                        100.0 * won.upper
-                    );
-                    vec![t.name.clone(), number(t.own), number(t.other), share, format!("{:.1e}", t.p_value)]
+                    let chance = format!("{:.1e}", t.p_value);
+                    vec![t.name.clone(), number(t.own), number(t.other), share(&t.won), chance]
                 })
                 .collect(),
         };
-        let mut tables = vec![distances, vae, captions];
+        let music = report::Table {
+            title: "What rewards say of music".into(),
+            note: "Held-out music beside the generation for the same caption: the share of captions for which the music is \
+                   better is what tuning could win by making music. Distances are to the reference half."
+                .into(),
+            head: ["reward", "music", "generations", "music better (95 %)"].map(str::to_owned).into(),
+            rows: self
+                .music
+                .iter()
+                .map(|t| vec![t.name.clone(), number(t.music), number(t.generations), share(&t.won)])
+                .collect(),
+        };
+        let mut tables = vec![distances, vae, captions, music];
         if let Some(clap) = &self.clap {
             let percent = |x: f64| format!("{:.1} %", 100.0 * x);
             let row = |name: &str, r: &crate::pretrain::clap::Recall| {
@@ -100,6 +107,12 @@ impl Card {
         let tables = self.tables(cfg);
         tables.iter().map(|t| format!("{}\n{}", t.title, t.to_text())).collect::<Vec<_>>().join("\n")
     }
+}
+
+/// A win rate with its interval.
+fn share(won: &WinRate) -> String {
+    let [rate, lower, upper] = [won.rate, won.lower, won.upper].map(|x| 100.0 * x);
+    format!("{rate:.1} % of {} ({lower:.1} to {upper:.1})", won.n)
 }
 
 pub(super) fn page(
