@@ -155,7 +155,7 @@ pub fn read<T: DeserializeOwned + Serialize>(table: Table, origin: &str) -> Resu
     let refuse = |problem: &str| {
         let hint = match nearest(problem) {
             Some(key) => format!("did you mean `{key}`?"),
-            None if origin.contains(".kind=") => {
+            None if origin.contains(".kind=") && problem.contains(" field `") => {
                 "another kind has other keys: set the whole table, as in --set 'loss={kind=\"dpo\",beta=50.0}'".to_owned()
             }
             None => "docs/config.md lists the keys with their values".to_owned(),

@@ -164,7 +164,7 @@ fn what_is_easily_confused_is_explained() {
         ),
         (
             "finetune --out new --set reward.exemplars.kind=audio --set reward.exemplars.path=songs",
-            &["`songs` holds 1 songs", "better a hundred"],
+            &["`songs` is no reference: expected at least 2 songs, found 1", "better a hundred"],
         ),
         ("finetune --out new --set loss.kind=dpo", &["weight_minus", "loss={kind=\"dpo\",beta=50.0}"]),
         (
@@ -186,9 +186,8 @@ fn what_is_easily_confused_is_explained() {
     assert_eq!(both.status.code(), Some(1));
     assert!(stderr(&both).contains("'--preset <PRESET>' cannot be used with '--config <FILE>'"));
     // All variables again where a preset names some.
-    let text =
-        "finetune --preset clap-score --set update.parameters=[] --set rollout.songs_per_step=0 --out new";
-    refused(dir, text, &["rollout.songs_per_step"]);
+    let text = "finetune --preset clap-score --set update.parameters=[] --set update.draws=0 --out new";
+    refused(dir, text, &["expected at least 1"]);
     accepted(dir, "embed songs --out new/folder/songs.npz");
 }
 

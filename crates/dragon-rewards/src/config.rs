@@ -57,6 +57,9 @@ impl Exemplars {
             self;
         match self {
             Exemplars::Statistics { name: Some(name), .. } => name.clone(),
+            Exemplars::Audio { .. } => {
+                path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+            }
             _ => path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned(),
         }
     }
@@ -133,6 +136,14 @@ pub enum RewardConfig {
 }
 
 impl RewardConfig {
+    /// The rewards of which a step takes one: those of a `random_mix`, else the reward itself.
+    pub fn parts(&self) -> &[RewardConfig] {
+        match self {
+            RewardConfig::RandomMix { rewards } => rewards,
+            single => std::slice::from_ref(single),
+        }
+    }
+
     /// Encoders and settings that the reward reads, each once, in order of first mention: slot `i` of a
     /// [`crate::Song`] holds the view of source `i`.
     pub fn sources(&self) -> Vec<Source> {
@@ -309,10 +320,7 @@ impl RewardSet {
             };
             made.push(((source, exemplars), Arc::new(stats)));
         }
-        let parts: Vec<&RewardConfig> = match config {
-            RewardConfig::RandomMix { rewards } => rewards.iter().collect(),
-            single => vec![single],
-        };
+        let parts = config.parts();
         let rewards =
             parts.iter().map(|part| build_one(part, &sources, &made)).collect::<Result<Vec<_>>>()?;
         Ok(Self { labels: parts.iter().map(|p| p.label()).collect(), sources, rewards })

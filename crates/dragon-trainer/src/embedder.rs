@@ -21,6 +21,7 @@ use crate::bundle::Bundle;
 use crate::embed;
 use crate::error::{Error, Result};
 use crate::run::RunContext;
+use crate::sets::{Unit, check_several};
 
 /// A CLAP that cannot be read; says what would do, unless the reason has a hint of its own.
 pub(crate) fn no_clap(err: clap::Error) -> Error {
@@ -157,8 +158,12 @@ impl EmbedConfig {
                 }
                 match exemplars {
                     // looks at each file
-                    Exemplars::Audio { .. } => enough_exemplars(embed::audio_files(path)?.len(), path)?,
-                    Exemplars::Texts { .. } => drop(embed::read_texts(path)?),
+                    Exemplars::Audio { .. } => {
+                        check_several(path, embed::audio_files(path)?.len(), Unit::Song)?
+                    }
+                    Exemplars::Texts { .. } => {
+                        check_several(path, embed::read_texts(path)?.len(), Unit::Text)?
+                    }
                     Exemplars::Statistics { .. } if path.is_dir() => {
                         return Err(Error::Data {
                             problem: format!("`{}` is a folder, not a file of statistics", path.display()),
@@ -175,18 +180,6 @@ impl EmbedConfig {
 
 /// Fewer songs than these give a covariance that is mostly chance: musicnn's has 200 dimensions, a song nine or so windows.
 const FEW_EXEMPLARS: usize = 100;
-
-/// # Errors
-/// If so few songs are no distribution.
-fn enough_exemplars(n: usize, path: &Path) -> Result<()> {
-    match n {
-        0 | 1 => Err(Error::Data {
-            problem: format!("`{}` holds {n} songs, too few exemplars for a distribution", path.display()),
-            hint: "it takes several songs, better a hundred".into(),
-        }),
-        _ => Ok(()),
-    }
-}
 
 fn names<T>(map: &BTreeMap<String, T>) -> String {
     if map.is_empty() {
@@ -329,7 +322,7 @@ impl Embedder {
         let rows: Vec<Rows> = match exemplars {
             Exemplars::Audio { path } => {
                 let files = embed::audio_files(path)?;
-                enough_exemplars(files.len(), path)?;
+                check_several(path, files.len(), Unit::Song)?;
                 if files.len() < FEW_EXEMPLARS {
                     tracing::warn!(
                         "`{}` holds {} songs: a hundred or more say better what they have in common",
@@ -376,9 +369,8 @@ impl Embedder {
         let mut rng = Rng::from_key("try out", 0);
         let (_, channels, frames) = bundle.latent_shape(1);
         let latents = rng.normal_tensor((2, channels, frames), DType::F32, &bundle.device)?;
-        let n_samples = frames * bundle.vae.config().hop();
         let clips: Vec<Vec<f32>> =
-            (0..2).map(|_| (0..n_samples).map(|_| (0.2 * rng.normal()) as f32).collect()).collect();
+            (0..2).map(|_| (0..bundle.n_samples).map(|_| (0.2 * rng.normal()) as f32).collect()).collect();
         let batch = Batch {
             clips: &clips,
             sample_rate_hz: bundle.sample_rate_hz(),

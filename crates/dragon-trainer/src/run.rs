@@ -126,7 +126,7 @@ impl RunFolder {
         let created = !dir.exists();
         fs::create_dir_all(&dir).map_err(Error::io("create", &dir))?;
         let lock = lock(&dir)?;
-        let config =
+        let mut config =
             toml::Table::try_from(config).map_err(|err| Error::Bug(format!("config to TOML: {err}")))?;
         let config_sha256 = config_hash(kind, &config)?;
         let run_toml = dir.join("run.toml");
@@ -134,7 +134,13 @@ impl RunFolder {
             if !ctx.resume {
                 return Err(Error::Exists { path: dir, what: "a run already".to_owned() });
             }
-            check_same(&run_toml, kind, &config)?;
+            let known = check_same(&run_toml, kind, &config)?;
+            // What the run read before stays noted, though this part of it may not read it.
+            if let Some(toml::Value::Table(inputs)) = config.get_mut(INPUTS) {
+                for (name, hash) in known {
+                    inputs.entry(name).or_insert(hash);
+                }
+            }
         } else if ctx.resume {
             tracing::info!("`{}` holds no run yet: one begins", dir.display());
         }
@@ -303,8 +309,9 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Compares the config of the run in the folder with the one of this command and names each differing key.
-fn check_same(run_toml: &Path, kind: &str, config: &toml::Table) -> Result<()> {
+/// Compares the config of the run in the folder with the one of this command and names each differing key; gives the hashes
+/// of what the run has read.
+fn check_same(run_toml: &Path, kind: &str, config: &toml::Table) -> Result<toml::Table> {
     let text = fs::read_to_string(run_toml).map_err(Error::io("read", run_toml))?;
     let old: toml::Table = text.parse().map_err(|err| Error::Content {
         path: run_toml.to_owned(),
@@ -339,14 +346,14 @@ fn check_same(run_toml: &Path, kind: &str, config: &toml::Table) -> Result<()> {
             _ => toml::Table::new(),
         };
         let (old, new) = (table(old_inputs), table(new_inputs));
-        // A file that the run had not read so far (a monitor's, before it validated) cannot have changed.
+        // A file that the run had not read so far, such as a monitor's before it validated, cannot have changed.
         let changed: Vec<String> = new
             .iter()
             .filter(|(name, hash)| old.get(*name).is_some_and(|old| old != *hash))
             .map(|(name, _)| format!("  {name}"))
             .collect();
         if changed.is_empty() {
-            return Ok(());
+            return Ok(old);
         }
         return Err(resume(format!(
             "files that it reads have other contents than when it began\n{}\nhint: bring them back, or start again in another folder with --out",

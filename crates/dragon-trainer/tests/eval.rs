@@ -79,7 +79,7 @@ fn terms_of_a_weighted_sum_are_on_the_scale_of_the_base() {
     let sum = |terms: [(f64, &MetricConfig); 2]| RewardConfig::WeightedSum {
         terms: terms.map(|(weight, metric)| Term { weight, reward: metric.reward.clone() }).to_vec(),
     };
-    // Of songs: the distance and its opposite twice as strong. Of sets: distances of 1 and a diversity of 1.
+    // Of songs: 1 and -3 times the same reward, which makes -2 times it. Of sets: a distance and a diversity.
     let (of_songs, of_sets) =
         (sum([(1.0, &metrics[0]), (-3.0, &metrics[0])]), sum([(1.0, &metrics[1]), (1.0, &metrics[2])]));
     let named =
@@ -91,17 +91,17 @@ fn terms_of_a_weighted_sum_are_on_the_scale_of_the_base() {
     eval_cfg.metrics = [metrics, cfg.validation.monitors.clone()].concat();
     let found = eval::run(&eval_cfg, &RunContext::new(dir.path().join("eval"))).unwrap().metrics;
     let (one, songs, sets) = (&found[0], &found[3], &found[4]);
-    // The mean of the base's songs is 0 and their deviation 2, that of 1 - 3 times one reward.
+    // The base's songs have a mean of 0 and a deviation of 2.
     let deviation = |x: &[f64]| {
         let mean = x.iter().sum::<f64>() / x.len() as f64;
         (x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (x.len() - 1) as f64).sqrt()
     };
     assert!(songs.base.abs() < 1e-9, "{}", songs.base);
     assert!((deviation(songs.base_songs.as_ref().unwrap()) - 2.0).abs() < 1e-9);
-    // A distance is printed with its sign turned, so that the sum moves with it, twice over the deviation.
+    // The reward is the negated distance that the table prints, so the sum is 2 times that distance over its deviation.
     let expected = 2.0 * (one.tuned - one.base) / deviation(one.base_songs.as_ref().unwrap());
     assert!((songs.tuned - expected).abs() < 1e-9, "{} of {expected}", songs.tuned);
-    // Both terms of the sum of sets are near 0 over subsets of the base, not at -distance + diversity.
+    // Over subsets of the base both terms of the sum of sets have a mean of 0.
     assert!(sets.subset_means.0.abs() < 1e-9, "{:?}", sets.subset_means);
     // Validations have such a scale too.
     let logged = common::metric(&run, "valid/of songs (base)");

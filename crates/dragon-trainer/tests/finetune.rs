@@ -271,8 +271,15 @@ fn validations_may_end_and_begin_where_a_run_goes_on() {
         (cfg.run.steps, cfg.run.validate_every) = (steps, validate_every);
         run(&cfg, &RunContext { resume: true, ..RunContext::new(&out) }).unwrap();
     }
+    // What was read is remembered through a part of the run that does not read it.
+    (cfg.run.steps, cfg.run.validate_every) = (4, 0);
+    run(&cfg, &RunContext { resume: true, ..RunContext::new(&out) }).unwrap();
+    std::fs::write(&other, [std::fs::read(&own).unwrap(), b" ".to_vec()].concat()).unwrap();
+    (cfg.run.steps, cfg.run.validate_every) = (5, 1);
+    let text = run(&cfg, &RunContext { resume: true, ..RunContext::new(&out) }).unwrap_err().to_string();
+    assert!(text.contains("other contents than when it began") && text.contains("other.npz"), "{text}");
     let watched: Vec<bool> = metric(&out, "valid/other").iter().map(Option::is_some).collect();
-    assert_eq!(watched, [true, false, true]);
+    assert_eq!(watched, [true, false, true, false]);
 }
 
 #[test]

@@ -29,7 +29,7 @@ pub struct Args {
     config: ConfigArgs,
     #[command(flatten)]
     run: RunArgs,
-    /// Run folder: run.toml, metrics.jsonl, checkpoints/, model/, report.html [default: runs/finetune-PRESET]
+    /// Run folder: run.toml, metrics.jsonl, checkpoints/, model/, report.html [default: runs/finetune-PRESET, or -FILE]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
@@ -126,7 +126,9 @@ pub fn run_preset(
 
 /// Runs the command.
 pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
-    let out = args.out.unwrap_or_else(|| PathBuf::from(format!("runs/finetune-{}", args.preset)));
+    let name = args.config.path().and_then(Path::file_stem).map(|stem| stem.to_string_lossy().into_owned());
+    let name = name.unwrap_or_else(|| args.preset.clone());
+    let out = args.out.unwrap_or_else(|| PathBuf::from(format!("runs/finetune-{name}")));
     if let Some(summary) = run_preset(&args.preset, &args.config, &args.run, &out, stop)? {
         print!("{}", summary.table());
         println!("{}", out.join("report.html").display());

@@ -74,7 +74,7 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
     let wanted = Wanted::variants(&prompts, seed, variants)?;
     let others = others_in(&ctx.out_dir, &wanted);
     if others > 0 {
-        tracing::warn!("`{}` holds {others} other songs, which stay", ctx.out_dir.display());
+        tracing::warn!("`{}` holds other songs too, {others} of them, which stay", ctx.out_dir.display());
     }
     for file in generator.run(&wanted, &ctx)? {
         println!("{}", file.display());

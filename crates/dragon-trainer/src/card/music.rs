@@ -2,6 +2,7 @@
 //! answered each with music. A reward that does not prefer music to the base has another end than music.
 
 use dragon_metrics::{Better, FrechetReference, WinRate, clap_score, win_rate};
+use dragon_rewards::{Song, View};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -21,7 +22,7 @@ pub struct MusicTest {
     pub won: WinRate,
 }
 
-/// Per-song FAD by each view, and the CLAP score by each that reads text; `references` hold the reference half, one a view.
+/// Per-song FAD by each view that has several windows a song, and the CLAP score by each that reads text; `references` hold the reference half, one a view.
 pub(super) fn music_tests(
     cfg: &CardConfig,
     music: &System,
@@ -31,7 +32,7 @@ pub(super) fn music_tests(
     let mut tests = Vec::new();
     for (slot, (source, reference)) in cfg.views.iter().zip(references).enumerate() {
         let each = |system: &System, score: Score| -> Result<Vec<f64>> {
-            let one = |song: &dragon_rewards::Song| {
+            let one = |song: &Song| {
                 let view = song.view(slot).map_err(Error::input("a view"))?;
                 score(view).map_err(Error::input(system.name))
             };
@@ -45,13 +46,16 @@ pub(super) fn music_tests(
             tests.push(MusicTest { name, music: mean(&music), generations: mean(&generations), won });
             Ok(())
         };
-        push(format!("per-song FAD, {}", source.encoder), Better::Lower, &|view| {
-            reference.distance(&view.embeddings)
-        })?;
-        let reads_text = |system: &System| {
-            system.songs.iter().all(|song| song.view(slot).is_ok_and(|view| view.text.is_some()))
+        let all = |holds: &dyn Fn(&View) -> bool| {
+            let mut songs = music.songs.iter().chain(&generations.songs);
+            songs.all(|song| song.view(slot).is_ok_and(holds))
         };
-        if reads_text(music) && reads_text(generations) {
+        if all(&|view| view.embeddings.n() >= 2) {
+            push(format!("per-song FAD, {}", source.encoder), Better::Lower, &|view| {
+                reference.distance(&view.embeddings)
+            })?;
+        }
+        if all(&|view| view.text.is_some()) {
             push(format!("CLAP score, {}", source.encoder), Better::Higher, &|view| {
                 clap_score(&view.embeddings, view.text.as_deref().unwrap_or_default(), Default::default())
             })?;
@@ -60,4 +64,5 @@ pub(super) fn music_tests(
     Ok(tests)
 }
 
-type Score<'a> = &'a (dyn Fn(&dragon_rewards::View) -> dragon_metrics::Result<f64> + Sync);
+/// A reward of a song, by what a view sees of it.
+type Score<'a> = &'a (dyn Fn(&View) -> dragon_metrics::Result<f64> + Sync);

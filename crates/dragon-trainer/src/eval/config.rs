@@ -122,16 +122,12 @@ pub fn target_first(
     reward: &RewardConfig,
     mut metrics: Vec<MetricConfig>,
 ) -> (Vec<MetricConfig>, Vec<MetricConfig>) {
-    let parts = match reward {
-        RewardConfig::RandomMix { rewards } => &rewards[..],
-        single => std::slice::from_ref(single),
-    };
     let mut target = |reward: &RewardConfig| match metrics.iter().position(|metric| metric.reward == *reward)
     {
         Some(i) => metrics.remove(i),
         None => MetricConfig { name: reward.label(), reward: reward.clone() },
     };
-    (parts.iter().map(&mut target).collect(), metrics)
+    (reward.parts().iter().map(&mut target).collect(), metrics)
 }
 
 /// What [`EvalConfig`] and [`FoldersConfig`] have in common.

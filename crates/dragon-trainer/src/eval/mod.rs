@@ -109,7 +109,10 @@ pub fn known(cfg: &EvalConfig, dir: &Path) -> Result<Option<Summary>> {
 fn inputs_sha256(cfg: &EvalConfig) -> Result<String> {
     // Where the weights lie and how many songs are sampled at a time change no number.
     let config = EvalConfig { tuned: PathBuf::new(), batch: 0, ..cfg.clone() };
-    let config = serde_json::to_vec(&config).map_err(|err| Error::Bug(err.to_string()))?;
+    let mut config = serde_json::to_vec(&config).map_err(|err| Error::Bug(err.to_string()))?;
+    if cfg.metrics.iter().any(|metric| matches!(metric.reward, RewardConfig::WeightedSum { .. })) {
+        config.extend(b"on the base's scale"); // reports of before had no scale
+    }
     let dir = tuned_dir(&cfg.tuned)?;
     let path = weights_path(&dir).unwrap_or(dir);
     let weights = std::fs::read(&path).map_err(Error::io("read", &path))?;

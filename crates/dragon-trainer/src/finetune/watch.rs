@@ -47,12 +47,8 @@ impl Validation {
         prompts: Vec<Prompt>,
         ctx: &RunContext,
     ) -> Result<Self> {
-        let own = match &cfg.reward {
-            RewardConfig::RandomMix { rewards } => rewards.clone(),
-            single => vec![single.clone()],
-        };
-        let all =
-            RewardConfig::RandomMix { rewards: own.into_iter().chain(cfg.watched().cloned()).collect() };
+        let all = cfg.reward.parts().iter().chain(cfg.watched()).cloned().collect();
+        let all = RewardConfig::RandomMix { rewards: all };
         let rewards = embedder.reward(&all, Some(bundle), ctx)?;
         embedder.try_out(&rewards, bundle)?;
         Ok(Self { prompts, rewards, base: None })

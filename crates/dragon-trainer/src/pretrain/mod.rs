@@ -217,7 +217,7 @@ pub fn run_in(
             if scalars.config_sha256 != folder.config_sha256() || scalars.seed != seed {
                 return Err(Error::Resume {
                     path,
-                    reason: "its checkpoint was taken under another config\nhint: use the config of the run"
+                    reason: "its checkpoint was taken under another config, or by an older version\nhint: use the config and the version of the run"
                         .to_owned(),
                 });
             }
