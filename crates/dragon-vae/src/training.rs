@@ -100,6 +100,8 @@ pub struct Training {
     mel_distance: MelLoss,
     discriminator: Discriminator,
     discriminator_group: Group,
+    /// Mean and deviation of the latents as the folder has them that the training started from.
+    started_with: Option<(Vec<f32>, Vec<f32>)>,
 }
 
 /// Variables that one optimiser updates.
@@ -186,6 +188,7 @@ impl Training {
             decoder,
             averaged,
             discriminator,
+            started_with: None,
         })
     }
 
@@ -214,6 +217,9 @@ impl Training {
             group.params.load_tensors(&part, "").map_err(candle_core::Error::wrap)?;
             group.ema.shadow().load_tensors(&part, "").map_err(candle_core::Error::wrap)?;
         }
+        let config = vae::read_config(&dir.join("config.json")).map_err(candle_core::Error::wrap)?;
+        self.started_with =
+            Some((config.latent_mean, config.latent_std)).filter(|(mean, _)| !mean.is_empty());
         Ok(())
     }
 
@@ -345,12 +351,16 @@ impl Training {
         self.discriminator_group.load_state("discriminator", state)
     }
 
-    /// Writes the averaged model with the statistics of its latents over `clips` (posterior means).
+    /// Writes the averaged model with the statistics of its latents over `clips` (posterior means), or, where the encoder
+    /// stays, with those that it had: a diffusion model that was trained on its latents expects them.
     ///
     /// # Errors
     /// If a clip does not fit the model, or a file cannot be written.
     pub fn export(&self, dir: &Path, clips: &[Tensor]) -> Result<()> {
-        let (mean, std) = latent_stats(&self.averaged, clips)?;
+        let (mean, std) = match &self.started_with {
+            Some(known) if self.cfg.freeze_encoder => known.clone(),
+            _ => latent_stats(&self.averaged, clips)?,
+        };
         let cfg = Config { latent_mean: mean, latent_std: std, ..self.averaged.config().clone() };
         let mut tensors = BTreeMap::new();
         for group in [&self.encoder, &self.decoder] {

@@ -321,7 +321,7 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> std::result::Result
         .map_err(|e| Error::Config { path: path.to_path_buf(), message: e.to_string() })
 }
 
-fn read_config(path: &Path) -> std::result::Result<Config, Error> {
+pub(crate) fn read_config(path: &Path) -> std::result::Result<Config, Error> {
     let refuse = |message: String| Error::Config { path: path.to_path_buf(), message };
     let cfg: Config = read_json(path)?;
     cfg.validate().map_err(refuse)?;

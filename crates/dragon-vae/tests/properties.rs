@@ -210,6 +210,18 @@ fn a_frozen_encoder_stays_and_the_exported_folder_loads() {
     let want = training.averaged().decode(&before).unwrap();
     assert_close(&again, &want, Tol { atol: 1e-5, rtol: 1e-4 });
     assert!(scalar(&(again - decoded).unwrap().abs().unwrap().max_all().unwrap()) > 0.0);
+
+    // Trained on from that folder with other clips, the latents keep their scale, for the diffusion models made before.
+    let other = sines().whole(3, 8, &Device::Cpu).unwrap();
+    for (freeze_encoder, same) in [(true, true), (false, false)] {
+        let config = training_config(freeze_encoder);
+        let mut training = Training::new(&Config::tiny(), &config, 2, &Device::Cpu).unwrap();
+        training.load_weights(dir.path()).unwrap();
+        let next = tempfile::tempdir().unwrap();
+        training.export(next.path(), std::slice::from_ref(&other)).unwrap();
+        let next = AudioVae::load(next.path(), DType::F32, &Device::Cpu).unwrap();
+        assert_eq!(next.config().latent_std == loaded.config().latent_std, same);
+    }
 }
 
 #[test]
