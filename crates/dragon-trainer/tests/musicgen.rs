@@ -44,7 +44,7 @@ fn write_model(dir: &Path) {
     std::fs::create_dir_all(dir).unwrap();
     write_config(dir, &config_json());
     write_weights(dir, &weights());
-    std::fs::copy(fixture("tiny/t5/tokenizer.json"), dir.join("tokenizer.json")).unwrap();
+    std::fs::copy(fixture("dragon-musicgen/musicgen/tokenizer.json"), dir.join("tokenizer.json")).unwrap();
 }
 
 fn config(model: &Path) -> Config {
