@@ -46,6 +46,18 @@ fn presets_are_run_once_and_their_win_rates_stand_in_one_table() {
     let before = [made("clap-score"), made("vendi")];
     assert_eq!(accepted(dir, command), stdout);
     assert_eq!([made("clap-score"), made("vendi")], before, "nothing is measured twice");
+    // The tables hold what an earlier call made, and say by which command.
+    let one = command.replace("reproduce clap-score vendi", "reproduce vendi");
+    assert_eq!(accepted(dir, &one), stdout);
+    let again = std::fs::read_to_string(dir.join("all/tables.md")).unwrap();
+    for part in [
+        "| clap-score | 2 |",
+        "| vendi | 2 |",
+        "`dragon reproduce clap-score vendi --out all",
+        "seed 1, commit",
+    ] {
+        assert!(again.contains(part), "`{part}` is missing in\n{again}");
+    }
     accepted(dir, &format!("{command} --set eval.seed=2"));
     assert!(made("clap-score") > before[0], "another evaluation is made anew");
     refused(

@@ -209,6 +209,9 @@ impl RewardConfig {
             RewardConfig::DatasetFad { encoder, setting, exemplars } => {
                 format!("dataset_fad({encoder}/{setting} to {})", exemplars.name())
             }
+            RewardConfig::Vendi { encoder, setting, pooling: Pooling::Windows } => {
+                format!("vendi({encoder}/{setting}, windows)")
+            }
             RewardConfig::Vendi { encoder, setting, .. } => format!("vendi({encoder}/{setting})"),
             RewardConfig::ClapScore { encoder, setting, .. } => format!("clap_score({encoder}/{setting})"),
         }
@@ -294,7 +297,7 @@ pub struct RewardSet {
 }
 
 /// References already made, by the source and exemplars they belong to.
-type References = Vec<((Source, Exemplars), Arc<FrechetReference>)>;
+pub type References = Vec<((Source, Exemplars), Arc<FrechetReference>)>;
 
 impl RewardSet {
     /// Builds what `config` describes. `reference` makes the statistics of exemplars that are not a statistics file
@@ -304,21 +307,21 @@ impl RewardSet {
     /// If the config has no meaning, a statistics file cannot be used, or `reference` fails.
     pub fn build<E: std::fmt::Display>(
         config: &RewardConfig,
-        mut reference: impl FnMut(&Source, &Exemplars) -> std::result::Result<FrechetReference, E>,
+        mut reference: impl FnMut(&Source, &Exemplars) -> std::result::Result<Arc<FrechetReference>, E>,
     ) -> Result<Self> {
         config.validate()?;
         let sources = config.sources();
         let mut made = References::new();
         for (source, exemplars) in config.references() {
             let stats = match exemplars.read()? {
-                Some(stats) => stats,
+                Some(stats) => Arc::new(stats),
                 None => reference(&source, &exemplars).map_err(|e| Error::Reference {
                     exemplars: exemplars.describe(),
                     source_name: format!("{}/{}", source.encoder, source.setting),
                     reason: e.to_string(),
                 })?,
             };
-            made.push(((source, exemplars), Arc::new(stats)));
+            made.push(((source, exemplars), stats));
         }
         let parts = config.parts();
         let rewards =

@@ -18,7 +18,7 @@ pub mod reward;
 pub mod song;
 pub mod terms;
 
-pub use config::{Exemplars, RewardConfig, RewardSet, Source, Term};
+pub use config::{Exemplars, References, RewardConfig, RewardSet, Source, Term};
 pub use demonstrations::{Demonstrations, Split, algorithm_1, greedy, paired, unpaired};
 pub use error::Error;
 pub use mix::{RunningStats, WeightedDistributions, WeightedInstances};

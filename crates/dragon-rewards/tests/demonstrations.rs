@@ -233,7 +233,7 @@ fn a_config_builds_its_reward_and_asks_once_for_each_reference() {
     let mut asked = Vec::new();
     let mut set = RewardSet::build(&config, |source, exemplars| {
         asked.push((source.clone(), exemplars.clone()));
-        FrechetReference::from_rows(&rows(1, 40, 6))
+        FrechetReference::from_rows(&rows(1, 40, 6)).map(Arc::new)
     })
     .unwrap();
     assert_eq!(asked.len(), 1);
@@ -253,7 +253,8 @@ fn a_config_builds_its_reward_and_asks_once_for_each_reference() {
     }
     assert_eq!(set.state()[2].len(), 2);
     let saved = serde_json::to_string(&set.state()).unwrap();
-    let mut again = RewardSet::build(&config, |_, _| FrechetReference::from_rows(&rows(1, 40, 6))).unwrap();
+    let mut again =
+        RewardSet::build(&config, |_, _| FrechetReference::from_rows(&rows(1, 40, 6)).map(Arc::new)).unwrap();
     again.load_state(&serde_json::from_str::<Vec<Vec<RunningStats>>>(&saved).unwrap()).unwrap();
     let both = [&set, &again].map(|s| s.get(2).unwrap().set_score(&a).unwrap());
     assert_eq!(both[0], both[1], "a restored state scores the same bits");
@@ -288,7 +289,7 @@ fn a_statistics_file_is_read_when_the_reward_is_built() {
         setting: "ma".into(),
         exemplars: Exemplars::Statistics { path: path.clone(), name: None },
     };
-    let never = |_: &Source, _: &Exemplars| Err::<FrechetReference, _>("must not be asked");
+    let never = |_: &Source, _: &Exemplars| Err::<Arc<FrechetReference>, _>("must not be asked");
     let built = RewardSet::build(&config, never);
     std::fs::remove_file(&path).unwrap();
     assert_eq!(built.unwrap().len(), 1);
@@ -318,7 +319,7 @@ fn mistakes_in_a_config_are_named() {
     assert!(invalid(RewardConfig::WeightedSum { terms: vec![] }).contains("`terms`"));
     assert!(invalid(parse(&PER_SONG.replace("musicnn", "")).unwrap()).contains("`encoder` is empty"));
     let failed =
-        RewardSet::build(&plain, |_, _| Err::<FrechetReference, _>("no audio in there")).unwrap_err();
+        RewardSet::build(&plain, |_, _| Err::<Arc<FrechetReference>, _>("no audio in there")).unwrap_err();
     assert_eq!(failed.to_string(), "reference statistics of audio `music` for musicnn/ma: no audio in there");
 }
 

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 use dragon_audio::Audio;
-use dragon_diffusion::TextCond;
+use dragon_diffusion::{DiffusionModel, TextCond};
 use dragon_encoders::t5::T5Encoder;
 use dragon_encoders::tokenizer::{self, Tokenizer, TooLong};
 use dragon_nn::Params;
@@ -24,9 +24,9 @@ use dragon_vae::{AudioVae, Design};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::diffusion::Diffusion;
+use crate::diffusion::{Diffusion, tuned_dir};
 use crate::error::{Error, Result};
-use crate::stable_audio;
+use crate::{inputs, stable_audio};
 
 /// What `bundle.json` holds: sizes that belong to no single model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -115,6 +115,18 @@ impl Bundle {
             Self { dir: dir.to_owned(), info, text, vae, diffusion, n_samples, device: device.clone() };
         bundle.check()?;
         Ok(bundle)
+    }
+
+    /// The tuned model of `path` ([`Diffusion::tuned`]).
+    ///
+    /// # Errors
+    /// As there, and if `path` is a run that began from another model folder.
+    pub fn tuned(&self, path: &Path) -> Result<Box<dyn DiffusionModel>> {
+        let dir = tuned_dir(path)?;
+        if let Some(run) = dir.parent().filter(|run| run.join("run.toml").exists()) {
+            inputs::check_bundle(run, &self.dir)?;
+        }
+        self.diffusion.tuned(&dir)
     }
 
     /// Whether the parts fit each other.

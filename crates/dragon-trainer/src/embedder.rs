@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Device, Tensor};
 use dragon_encoders::clap::{self, ClapEncoder};
@@ -13,7 +14,7 @@ use dragon_encoders::{AudioEncoder, Embeddings, TextEncoder};
 pub use dragon_encoders::{Setting, Tail};
 use dragon_metrics::{FrechetReference, GaussianStats, Rows};
 use dragon_nn::Rng;
-use dragon_rewards::{Exemplars, RewardConfig, RewardSet, Song, Source, View};
+use dragon_rewards::{Exemplars, References, RewardConfig, RewardSet, Song, Source, View};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -239,6 +240,8 @@ pub struct Embedder {
     pub encoders: BTreeMap<String, Encoder>,
     /// Settings.
     pub settings: BTreeMap<String, Setting>,
+    /// The references made so far: a run and its monitors often share their exemplars, and embedding takes minutes.
+    made: Mutex<References>,
 }
 
 impl Embedder {
@@ -262,7 +265,7 @@ impl Embedder {
             let loaded = Encoder::load(encoder, device)?;
             encoders.insert(source.encoder.clone(), loaded);
         }
-        Ok(Self { encoders, settings: cfg.settings.clone() })
+        Ok(Self { encoders, settings: cfg.settings.clone(), made: Mutex::default() })
     }
 
     fn resolve(&self, source: &Source) -> Result<(&Encoder, &Setting)> {
@@ -307,11 +310,28 @@ impl Embedder {
         Ok(songs)
     }
 
-    /// The reference statistics of exemplars that are no statistics file: embeds the audio or the texts.
+    /// The reference statistics of exemplars that are no statistics file: embeds the audio or the texts, once.
     ///
     /// # Errors
     /// If a file cannot be read or embedded, or there are too few.
     pub fn reference(
+        &self,
+        source: &Source,
+        exemplars: &Exemplars,
+        bundle: Option<&Bundle>,
+        ctx: &RunContext,
+    ) -> Result<Arc<FrechetReference>> {
+        let mut made = self.made.lock().map_err(|_| Error::Bug("references were left half made".into()))?;
+        let found = made.iter().find(|((s, e), _)| s == source && e == exemplars);
+        if let Some((_, reference)) = found {
+            return Ok(Arc::clone(reference));
+        }
+        let reference = Arc::new(self.make_reference(source, exemplars, bundle, ctx)?);
+        made.push(((source.clone(), exemplars.clone()), Arc::clone(&reference)));
+        Ok(reference)
+    }
+
+    fn make_reference(
         &self,
         source: &Source,
         exemplars: &Exemplars,
@@ -556,5 +576,29 @@ mod tests {
         let clap: RewardConfig =
             toml::from_str("kind='clap_score'\nencoder='ears'\nsetting='ma'\nclip='before_mean'").unwrap();
         assert!(cfg.check(&[clap]).unwrap_err().to_string().contains("which reads text"));
+    }
+
+    #[test]
+    fn exemplars_are_embedded_once_for_all_rewards_that_share_them() {
+        let songs = tempfile::tempdir().unwrap();
+        for seed in 0..2 {
+            let mut rng = Rng::from_key("exemplar", seed);
+            let clip: Vec<f32> = (0..16_000 * 4).map(|_| (0.1 * rng.normal()) as f32).collect();
+            let path = songs.path().join(format!("{seed}.wav"));
+            let clip = dragon_audio::Clip { samples: clip, sample_rate_hz: 16_000 };
+            dragon_audio::write_wav(&path, &clip, dragon_audio::SampleFormat::Int16).unwrap();
+        }
+        let mut cfg = config();
+        let weights =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/musicnn/mtt_musicnn.safetensors");
+        cfg.encoders.insert("ears".into(), EncoderConfig::Musicnn { weights });
+        let source = Source { encoder: "ears".into(), setting: "ma".into() };
+        let embedder = Embedder::load(&cfg, std::slice::from_ref(&source), &Device::Cpu).unwrap();
+        let exemplars = Exemplars::Audio { path: songs.path().into() };
+        let ctx = RunContext::new(songs.path());
+        let reference = || embedder.reference(&source, &exemplars, None, &ctx);
+        let first = reference().unwrap();
+        songs.close().unwrap(); // what is asked for again needs no file
+        assert!(Arc::ptr_eq(&first, &reference().unwrap()));
     }
 }

@@ -114,7 +114,7 @@ pub fn run(cfg: &GenerateConfig, songs: &[Wanted], ctx: &RunContext) -> Result<V
 pub fn model_of(bundle: &Bundle, tuned: Option<&Path>) -> Result<Box<dyn DiffusionModel>> {
     match tuned {
         None => bundle.diffusion.base(),
-        Some(tuned) => bundle.diffusion.tuned(tuned),
+        Some(tuned) => bundle.tuned(tuned),
     }
 }
 

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use crate::embed;
 use crate::embedder::{EmbedConfig, EncoderConfig, no_clap};
 use crate::error::{Error, Result};
-use crate::run::hex;
+use crate::run::{INPUTS, hex};
 use crate::{musicgen, stable_audio};
 
 /// Files of a model's folder, weights first: what is missing is best said by them.
@@ -78,6 +78,35 @@ impl Inputs {
     pub fn to_table(&self) -> toml::Table {
         self.0.iter().map(|(name, hash)| (name.clone(), hash.clone().into())).collect()
     }
+}
+
+/// Checks that a run began from the model folder `bundle`, by the contents that it noted; one that noted nothing passes.
+///
+/// # Errors
+/// If it began from another, or a file cannot be read.
+pub(crate) fn check_bundle(run: &Path, bundle: &Path) -> Result<()> {
+    let path = run.join("run.toml");
+    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    let config = text.parse::<toml::Table>().ok().and_then(|table| table.get("config").cloned());
+    let noted =
+        config.as_ref().and_then(|config| config.get(INPUTS)?.as_table()).cloned().unwrap_or_default();
+    let mut inputs = Inputs::default();
+    inputs.add_bundle(bundle)?;
+    let differs = |(name, hash): (&String, &toml::Value)| {
+        name.starts_with("bundle") && inputs.0.get(name).map(String::as_str) != hash.as_str()
+    };
+    if !noted.iter().any(differs) {
+        return Ok(());
+    }
+    let named = config.as_ref().and_then(|config| config.get("bundle")?.as_str()).unwrap_or("unknown");
+    Err(Error::Data {
+        problem: format!(
+            "`{}` was tuned from another model folder than what `{}` holds now (then `{named}`)",
+            run.display(),
+            bundle.display()
+        ),
+        hint: "name the model folder that it began from".into(),
+    })
 }
 
 /// The files that an encoder is read from; `bundle` is the model folder, whose VAE is one.

@@ -218,16 +218,21 @@ impl RunFolder {
         }
     }
 
-    /// Logs the numbers of one step to `metrics.jsonl` and TensorBoard; a number that is not finite becomes `null`.
+    /// Logs the numbers of one step to `metrics.jsonl` and TensorBoard, and warnings, if there are any, to the first alone (key
+    /// `warnings`); a number that is not finite becomes `null`.
     ///
     /// # Errors
     /// If a file cannot be written; then no half line stays in `metrics.jsonl`.
-    pub fn log(&mut self, step: usize, values: &[(String, f64)]) -> Result<()> {
+    pub fn log(&mut self, step: usize, values: &[(String, f64)], warnings: &[String]) -> Result<()> {
+        let json = |texts: &[String]| serde_json::to_string(texts).map_err(|err| Error::Bug(err.to_string()));
         let mut line = format!("{{\"step\":{step}");
         for (name, value) in values {
             let value = serde_json::to_string(value).map_err(|err| Error::Bug(err.to_string()))?;
             let name = serde_json::to_string(name).map_err(|err| Error::Bug(err.to_string()))?;
             line.push_str(&format!(",{name}:{value}"));
+        }
+        if !warnings.is_empty() {
+            line.push_str(&format!(",\"warnings\":{}", json(warnings)?));
         }
         line.push_str("}\n");
         let whole = self.metrics_len()?;
@@ -542,13 +547,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut run = RunFolder::open(&RunContext::new(dir.path()), "finetune", &config()).unwrap();
         run.rewind(0, 0).unwrap();
-        run.log(0, &[("loss".to_owned(), 0.5)]).unwrap();
+        run.log(0, &[("loss".to_owned(), 0.5)], &[]).unwrap();
         let len = run.metrics_len().unwrap();
-        run.log(1, &[("loss".to_owned(), f64::NAN)]).unwrap();
+        run.log(1, &[("loss".to_owned(), f64::NAN)], &[]).unwrap();
         run.rewind(len, 1).unwrap();
-        run.log(1, &[("loss".to_owned(), 1e-9)]).unwrap();
+        run.log(1, &[("loss".to_owned(), 1e-9)], &["it \"grows\"".to_owned()]).unwrap();
         let text = fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap();
-        assert_eq!(text, "{\"step\":0,\"loss\":0.5}\n{\"step\":1,\"loss\":1e-9}\n");
+        let lines =
+            ["{\"step\":0,\"loss\":0.5}", "{\"step\":1,\"loss\":1e-9,\"warnings\":[\"it \\\"grows\\\"\"]}"];
+        assert_eq!(text.lines().collect::<Vec<_>>(), lines);
     }
 
     #[test]

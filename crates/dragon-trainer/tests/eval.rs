@@ -84,11 +84,12 @@ fn terms_of_a_weighted_sum_are_on_the_scale_of_the_base() {
         (sum([(1.0, &metrics[0]), (-3.0, &metrics[0])]), sum([(1.0, &metrics[1]), (1.0, &metrics[2])]));
     let named =
         |name: &str, reward: &RewardConfig| MetricConfig { name: name.into(), reward: reward.clone() };
-    cfg.validation.monitors = vec![named("of songs", &of_songs), named("of sets", &of_sets)];
+    let sums = vec![named("of songs", &of_songs), named("of sets", &of_sets)];
+    cfg.validation.monitors = Some(sums.clone());
     let run = dir.path().join("run");
     finetune::run(&cfg, &RunContext::new(&run)).unwrap();
     let mut eval_cfg = eval_config(&cfg, &run);
-    eval_cfg.metrics = [metrics, cfg.validation.monitors.clone()].concat();
+    eval_cfg.metrics = [metrics, sums].concat();
     let found = eval::run(&eval_cfg, &RunContext::new(dir.path().join("eval"))).unwrap().metrics;
     let (one, songs, sets) = (&found[0], &found[3], &found[4]);
     // The base's songs have a mean of 0 and a deviation of 2.
@@ -129,6 +130,13 @@ fn a_tuned_run_is_measured_with_its_curves_and_reproduces() {
     }
     let html = std::fs::read_to_string(a.join("report.html")).unwrap();
     assert!(html.contains("Reward while learning") && html.contains("Denoising errors"));
+    // A model folder that has changed since is another base.
+    let path = cfg.bundle.join("bundle.json");
+    std::fs::write(&path, std::fs::read_to_string(&path).unwrap() + "\n").unwrap();
+    let c = RunContext::new(dir.path().join("c"));
+    let text = eval::run(&eval_config(&cfg, &run), &c).unwrap_err().to_string();
+    assert!(text.contains("was tuned from another model folder"), "{text}");
+    assert!(!c.out_dir.exists());
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use common::{bundle_in, metric, same_bytes, tiny_bundle};
 use dragon_metrics::GaussianStats;
 use dragon_nn::LoraConfig;
-use dragon_rewards::Split as RewardSplit;
+use dragon_rewards::{RewardConfig, Split as RewardSplit};
 use dragon_trainer::eval::MetricConfig;
 use dragon_trainer::finetune::{DemonstrationsConfig, FinetuneConfig, run};
 use dragon_trainer::losses::LossConfig;
@@ -40,6 +40,7 @@ fn the_first_step_starts_where_the_losses_must_start() {
             Some(0.0),
             "policy and reference agree before the first update"
         );
+        assert_eq!(metric(&out, "implicit_accuracy")[0], Some(0.5), "ties count half");
         assert!(metric(&out, "grad_norm")[0].unwrap() > 0.0);
         let (plus, minus) =
             (metric(&out, "reward_plus")[0].unwrap(), metric(&out, "reward_minus")[0].unwrap());
@@ -59,7 +60,7 @@ fn every_loss_and_kind_of_demonstration_runs() {
         statistics.display()
     ))
     .unwrap();
-    let mix = toml::from_str(
+    let mix: RewardConfig = toml::from_str(
         "kind='random_mix'\n[[rewards]]\nkind='vendi'\nencoder='vae'\nsetting='frames'\npooling='song_mean'\n\
          [[rewards]]\nkind='vendi'\nencoder='vae'\nsetting='frames'\npooling='windows'",
     )
@@ -88,6 +89,9 @@ fn every_loss_and_kind_of_demonstration_runs() {
         run(&cfg, &RunContext::new(&out))
             .unwrap_or_else(|err| panic!("{:?} {demonstrations:?}: {err}", cfg.loss));
         assert!(metric(&out, "loss").iter().all(|v| v.is_some()));
+        // Validations show every reward of a mix, the first one as `reward`.
+        let other = format!("valid/{}", mix.parts()[1].label());
+        assert_eq!(metric(&out, &other)[1].is_some(), *reward == mix, "{other}");
     }
 }
 
@@ -199,6 +203,19 @@ fn a_stop_request_ends_with_a_checkpoint() {
 }
 
 #[test]
+fn a_run_does_not_go_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cfg = tiny_bundle(&bundle_in(&dir));
+    let ctx = RunContext { resume: true, ..RunContext::new(dir.path().join("run")) };
+    cfg.run.steps = 2;
+    run(&cfg, &ctx).unwrap();
+    cfg.run.steps = 1;
+    let text = run(&cfg, &ctx).unwrap_err().to_string();
+    assert!(text.contains("it has done 2 steps, and run.steps is 1"), "{text}");
+    assert!(std::fs::read_to_string(ctx.out_dir.join("run.toml")).unwrap().contains("steps = 2"));
+}
+
+#[test]
 fn a_diverging_run_stops_with_step_and_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     let mut cfg = tiny_bundle(&bundle_in(&dir));
@@ -265,7 +282,7 @@ fn validations_may_end_and_begin_where_a_run_goes_on() {
     std::fs::copy(&own, &other).unwrap();
     let text = toml::to_string(&cfg.reward).unwrap().replace("latents.npz", "other.npz");
     let reward = toml::from_str(&text).unwrap();
-    cfg.validation.monitors = vec![MetricConfig { name: "other".into(), reward }];
+    cfg.validation.monitors = Some(vec![MetricConfig { name: "other".into(), reward }]);
     let out = dir.path().join("run");
     for (steps, validate_every) in [(1, 1), (2, 0), (3, 1)] {
         (cfg.run.steps, cfg.run.validate_every) = (steps, validate_every);

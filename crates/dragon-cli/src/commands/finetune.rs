@@ -71,9 +71,7 @@ fn resolve(preset: &str, config: &ConfigArgs) -> Result<Preset> {
     for (name, setting) in &eval.embed.settings {
         finetune.embed.settings.entry(name.clone()).or_insert(*setting);
     }
-    if finetune.validation.monitors.is_empty() {
-        finetune.validation.monitors = others.clone();
-    }
+    finetune.validation.monitors.get_or_insert_with(|| others.clone());
     eval.metrics = [targets, others].concat();
     Ok(Preset { finetune, eval })
 }
@@ -115,7 +113,8 @@ pub fn run_preset(
     ctx.device = dragon_trainer::device(&run.device)?;
     let outcome = finetune::run(&config, &ctx)?;
     if !outcome.finished {
-        println!("{}: stopped after {} steps; --resume goes on", out.display(), outcome.steps_done);
+        let how = if run.resume { "the same command" } else { "--resume" };
+        println!("{}: stopped after {} steps; {how} goes on", out.display(), outcome.steps_done);
         return Ok(None);
     }
     match eval::known(&measure, out)? {

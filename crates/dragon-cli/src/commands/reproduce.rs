@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use dragon_trainer::eval::{Summary, appendix_tables, win_rates};
 use dragon_trainer::run::write_atomic;
+use toml::Table;
 
 use super::{ConfigArgs, RunArgs, finetune};
 use crate::settings;
@@ -14,7 +15,8 @@ use crate::settings;
 /// Fine-tune by several presets and print their win rates over the base as the paper's Table 1 does
 ///
 /// OUT/tables.md also has them in the layouts of its Tables 6 to 10, with the values. Each preset has its folder
-/// OUT/PRESET. A preset that is done is not run again, one that was stopped goes on.
+/// OUT/PRESET. A preset that is done is not run again, one that was stopped goes on, and the tables hold all that is done in
+/// OUT.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -50,16 +52,16 @@ pub fn run(args: Args, stop: &Arc<AtomicBool>) -> Result<()> {
         finetune::check(preset, &config)?;
     }
     let run = RunArgs { resume: true, device: args.device };
-    let mut done: Vec<(String, Summary)> = Vec::new();
     for preset in &presets {
         let out = args.out.join(preset);
         eprintln!("{preset}: {}", out.display());
-        let summary = finetune::run_preset(preset, &config, &run, &out, stop)?;
-        let Some(summary) = summary else { return Ok(()) };
-        done.push((preset.clone(), summary));
-        write(&args.out, &done)?;
+        if finetune::run_preset(preset, &config, &run, &out, stop)?.is_none() {
+            return Ok(());
+        }
+        write(&args.out, &done(&args.out)?)?;
     }
-    print!("{}", win_rates(&done).to_text());
+    let done = done(&args.out)?;
+    print!("{}", win_rates(&summaries(&done)).to_text());
     println!("{}", args.out.join("tables.md").display());
     Ok(())
 }
@@ -77,10 +79,41 @@ fn shipped_presets() -> Result<Vec<String>> {
     Ok(presets)
 }
 
+/// A fine-tuning that is measured.
+struct Done {
+    name: String,
+    summary: Summary,
+    /// The table `dragon` of its `run.toml`: command and commit.
+    made: Table,
+    seed: Option<i64>,
+}
+
+/// Everything in `out` that is measured, in the order of names.
+fn done(out: &Path) -> Result<Vec<Done>> {
+    let mut all = Vec::new();
+    for folder in std::fs::read_dir(out).with_context(|| format!("cannot read `{}`", out.display()))? {
+        let folder = folder?.path();
+        let Ok(report) = std::fs::read(folder.join("report.json")) else { continue };
+        let Ok(summary) = serde_json::from_slice(&report) else { continue };
+        let run: Table = std::fs::read_to_string(folder.join("run.toml"))?.parse()?;
+        let made = run.get("dragon").and_then(|made| made.as_table()).cloned().unwrap_or_default();
+        let seed = run.get("config").and_then(|config| config.get("seed")?.as_integer());
+        let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        all.push(Done { name, summary, made, seed });
+    }
+    all.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(all)
+}
+
+fn summaries(done: &[Done]) -> Vec<(String, Summary)> {
+    done.iter().map(|run| (run.name.clone(), run.summary.clone())).collect()
+}
+
 /// Writes what is done so far.
-fn write(out: &Path, done: &[(String, Summary)]) -> Result<()> {
+fn write(out: &Path, done: &[Done]) -> Result<()> {
+    let all = summaries(done);
     let mut text = String::new();
-    for table in std::iter::once(win_rates(done)).chain(appendix_tables(done)) {
+    for table in std::iter::once(win_rates(&all)).chain(appendix_tables(&all)) {
         text += &format!("## {}\n\n", table.title);
         if !table.note.is_empty() {
             text += &format!("{}\n\n", table.note);
@@ -88,13 +121,21 @@ fn write(out: &Path, done: &[(String, Summary)]) -> Result<()> {
         text += &table.to_markdown();
         text.push('\n');
     }
-    for (preset, summary) in done {
-        text += &format!("\n## {preset}\n\n{}", summary.to_markdown());
+    for Done { name, summary, made, seed } in done {
+        let made = |key: &str| made.get(key).and_then(|value| value.as_str()).unwrap_or("unknown");
+        let seed = seed.map_or("unknown".to_owned(), |seed| seed.to_string());
+        let (command, commit, table) = (made("command"), made("commit"), summary.to_markdown());
+        text += &format!("\n## {name}\n\n`{command}`, seed {seed}, commit {commit}.\n\n{table}");
     }
     write_atomic(&out.join("tables.md"), text.as_bytes())?;
     let json: Vec<_> = done
         .iter()
-        .map(|(preset, summary)| serde_json::json!({ "preset": preset, "metrics": summary.metrics }))
+        .map(|run| {
+            serde_json::json!({
+                "preset": run.name, "made": run.made, "seed": run.seed,
+                "metrics": run.summary.metrics, "warnings": run.summary.warnings,
+            })
+        })
         .collect();
     Ok(write_atomic(&out.join("tables.json"), &serde_json::to_vec_pretty(&json)?)?)
 }

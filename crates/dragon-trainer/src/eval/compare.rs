@@ -193,3 +193,58 @@ fn subset_scores(
     let scores: Vec<std::result::Result<f64, _>> = subsets.par_iter().map(one).collect();
     scores.into_iter().collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use dragon_metrics::WinRate;
+
+    use super::*;
+
+    fn metric(name: &str, difference_95: (f64, f64), won: Option<(f64, f64)>) -> MetricResult {
+        let won = won.map(|(lower, upper)| WinRate {
+            wins: 0,
+            ties: 0,
+            n: 9,
+            rate: 0.5 * (lower + upper),
+            lower,
+            upper,
+        });
+        MetricResult {
+            name: name.into(),
+            reward: String::new(),
+            lower_is_better: name.starts_with("distance"),
+            base: 2.0,
+            tuned: 1.0,
+            difference_95,
+            song_win_rate: won,
+            set_win_rate: 0.5,
+            subset_means: (2.0, 1.0),
+            effect_size: None,
+            base_songs: None,
+            tuned_songs: None,
+        }
+    }
+
+    #[test]
+    fn a_change_beyond_chance_is_told_by_songs_and_else_by_sets() {
+        let verdict = |name: &str, interval, won| metric(name, interval, won).verdict();
+        assert_eq!(verdict("distance", (-2.0, -1.0), None), Some(true));
+        assert_eq!(verdict("score", (-2.0, -1.0), None), Some(false));
+        assert_eq!(verdict("score", (-2.0, 1.0), None), None);
+        // Subsets of 40 songs may hold 0 where 256 songs tell.
+        assert_eq!(verdict("score", (-2.0, 1.0), Some((0.3, 0.4))), Some(false));
+        assert_eq!(verdict("distance", (-2.0, 1.0), Some((0.6, 0.7))), Some(true));
+        assert_eq!(verdict("score", (0.1, 0.2), Some((0.45, 0.6))), None);
+    }
+
+    #[test]
+    fn what_falls_while_the_target_rises_is_named() {
+        let rises = metric("distance", (-2.0, -1.0), None);
+        let falls = metric("score", (-1.0, 1.0), Some((0.3, 0.4)));
+        let unclear = metric("other", (-1.0, 1.0), None);
+        let warnings = disagreements(&[rises.clone(), falls.clone(), unclear.clone()]);
+        assert_eq!(warnings.len(), 1);
+        assert!(warnings[0].starts_with("distance became better and score worse (2.000 to 1.000)"));
+        assert!(disagreements(&[unclear, falls]).is_empty(), "there is no gain to doubt");
+    }
+}

@@ -36,7 +36,7 @@ use crate::rollout::{Sampling, TextCache};
 use crate::run::{Meter, RunContext, hex};
 use compare::Comparison;
 use config::check_metrics;
-use page::{page, training_charts, write};
+use page::{page, read_log, training_charts, training_warnings, write};
 use systems::{Generator, Listener, files_of};
 
 /// Measures a tuned model against its base; writes `report.json`, `report.html` and `samples/` to `ctx.out_dir`.
@@ -48,7 +48,7 @@ pub fn run(cfg: &EvalConfig, ctx: &RunContext) -> Result<Summary> {
     let prompts = bundle::some_prompts_of(&cfg.prompts, cfg.split, cfg.n_prompts)?;
     let tuned_dir = tuned_dir(&cfg.tuned)?;
     let bundle = Bundle::load_for(&cfg.bundle, &cfg.length, &ctx.device)?;
-    let (base, tuned) = (bundle.diffusion.base()?, bundle.diffusion.tuned(&tuned_dir)?);
+    let (base, tuned) = (bundle.diffusion.base()?, bundle.tuned(&tuned_dir)?);
     let (embedder, mut rewards) = rewards_of(&cfg.embed, &cfg.metrics, Some(&bundle), ctx)?;
     embedder.try_out(&rewards, &bundle)?;
     let mut meter = Meter::new(ctx.progress, 2 * prompts.len(), 0, 1.0, "songs");
@@ -86,7 +86,9 @@ pub fn run(cfg: &EvalConfig, ctx: &RunContext) -> Result<Summary> {
         ("seed".into(), cfg.seed.to_string()),
     ];
     if let Some(run) = tuned_dir.parent().map(|dir| dir.join("metrics.jsonl")).filter(|path| path.exists()) {
-        page.charts.splice(0..0, training_charts(&run)?);
+        let log = read_log(&run)?;
+        page.facts.extend(training_warnings(&log));
+        page.charts.splice(0..0, training_charts(&log));
     }
     write(&summary, &page, &systems, ctx)?;
     Ok(summary)

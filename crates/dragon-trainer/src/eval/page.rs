@@ -76,8 +76,9 @@ pub(super) fn page(summary: &Summary, systems: &[System], title: &str) -> report
         .collect();
     let table = report::Table {
         title: "Metrics".into(),
-        note: "Songs won: prompts on which the tuned model is better, with a Clopper-Pearson interval. Sets won: random \
-               subsets, drawn with replacement, the same for both. The last rows are no reward: they show hacking."
+        note: "Songs won: prompts on which the tuned model is better, with a Clopper-Pearson interval. Sets won, and the interval \
+               of the difference: random subsets, drawn with replacement, the same for both. The last rows are no reward: \
+               they show hacking."
             .into(),
         head,
         rows,
@@ -94,11 +95,25 @@ pub(super) fn page(summary: &Summary, systems: &[System], title: &str) -> report
     }
 }
 
-/// Curves of the run that made a tuned model.
-pub(super) fn training_charts(path: &Path) -> Result<Vec<report::Chart>> {
+/// The log of the run that made a tuned model: a line a step.
+pub(super) fn read_log(path: &Path) -> Result<Vec<serde_json::Value>> {
     let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
-    let lines: Vec<serde_json::Value> =
-        text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
+}
+
+/// The warnings of a run, each with its step as a fact of the page.
+pub(super) fn training_warnings(log: &[serde_json::Value]) -> Vec<(String, String)> {
+    let of_line = |line: &serde_json::Value| {
+        let step = line.get("step")?.as_u64()? + 1;
+        let warnings = line.get("warnings")?.as_array()?.iter();
+        let fact = |text: &str| (format!("warning at step {step}"), text.to_owned());
+        Some(warnings.filter_map(|text| text.as_str().map(fact)).collect::<Vec<_>>())
+    };
+    log.iter().filter_map(of_line).flatten().collect()
+}
+
+/// Curves of the run that made a tuned model.
+pub(super) fn training_charts(lines: &[serde_json::Value]) -> Vec<report::Chart> {
     let series = |name: &str, label: &str| report::Series {
         name: label.to_owned(),
         points: lines
@@ -168,7 +183,7 @@ pub(super) fn training_charts(path: &Path) -> Result<Vec<report::Chart>> {
         let title = format!("Not optimised: {name}, on validation prompts");
         chart(&title, name, false, &[(key, "tuned"), (&format!("{key} (base)"), "base")])
     });
-    Ok(charts.into_iter().flatten().chain(watched).collect())
+    charts.into_iter().flatten().chain(watched).collect()
 }
 
 /// Writes `report.json`, `report.html` and the examples of the systems.
@@ -194,4 +209,17 @@ pub(super) fn write(
     let json = serde_json::to_vec_pretty(summary).map_err(|err| Error::Bug(err.to_string()))?;
     write_atomic(&dir.join("report.json"), &json)?;
     page.write(&dir.join("report.html"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn warnings_of_a_run_are_facts_with_their_step() {
+        let lines = ["{\"step\":0,\"loss\":0.5}", "{\"step\":4,\"warnings\":[\"a\",\"b\"]}"];
+        let log: Vec<_> = lines.iter().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let fact = |text: &str| ("warning at step 5".to_owned(), text.to_owned());
+        assert_eq!(training_warnings(&log), [fact("a"), fact("b")]);
+    }
 }

@@ -55,8 +55,12 @@ pub struct MetricResult {
 }
 
 impl MetricResult {
-    /// Whether the tuned model is better; `None` where the interval holds 0.
+    /// Whether the tuned model is better beyond chance, `None` where that cannot be told: by the songs won, whose interval
+    /// must not hold a half, and where songs have no values of their own by the interval over the subsets.
     pub fn verdict(&self) -> Option<bool> {
+        if let Some(won) = &self.song_win_rate {
+            return (won.lower > 0.5 || won.upper < 0.5).then_some(won.lower > 0.5);
+        }
         let (low, high) = self.difference_95;
         (low > 0.0 || high < 0.0).then_some((low > 0.0) != self.lower_is_better)
     }
@@ -88,10 +92,14 @@ impl Summary {
         &self.metrics[0]
     }
 
-    /// The table in Markdown.
+    /// The table in Markdown, the warnings beneath it.
     pub fn to_markdown(&self) -> String {
         let (head, rows) = self.cells();
-        crate::report::Table { head, rows, ..Default::default() }.to_markdown()
+        let mut text = crate::report::Table { head, rows, ..Default::default() }.to_markdown();
+        for warning in &self.warnings {
+            text += &format!("\nWarning: {warning}.\n");
+        }
+        text
     }
 
     /// The table for a terminal.
@@ -112,7 +120,7 @@ impl Summary {
             "base",
             "tuned",
             "difference",
-            "95 % of subsets",
+            "95 % of the difference",
             "songs won (95 %)",
             "sets won",
         ];

@@ -169,6 +169,6 @@ pub(crate) fn caption_of<'a>(file: &Path, prompts: Option<&'a [Prompt]>) -> Resu
 fn stopped() -> Error {
     Error::Data {
         problem: "stopped before the end".into(),
-        hint: "nothing was written; start the command again".into(),
+        hint: "nothing was measured; start the command again (a fine-tuning with --resume)".into(),
     }
 }

@@ -163,9 +163,10 @@ pub struct ValidationConfig {
     pub n_prompts: usize,
     /// How latents are sampled.
     pub sampler: SamplerConfig,
-    /// What is watched besides the reward: rewards that are not optimised.
-    #[serde(default)]
-    pub monitors: Vec<MetricConfig>,
+    /// What is watched besides the reward: rewards that are not optimised. `dragon finetune` takes those of the evaluation
+    /// where none are given; an empty list watches nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub monitors: Option<Vec<MetricConfig>>,
 }
 
 impl FinetuneConfig {
@@ -260,10 +261,17 @@ impl FinetuneConfig {
         self.embed.check(self.watched())
     }
 
+    /// What validations watch.
+    pub(super) fn monitors(&self) -> &[MetricConfig] {
+        match &self.validation.monitors {
+            Some(monitors) if self.run.validate_every > 0 => monitors,
+            _ => &[],
+        }
+    }
+
     /// Rewards that validations watch.
     pub(super) fn watched(&self) -> impl Iterator<Item = &RewardConfig> {
-        let monitors = if self.run.validate_every > 0 { &self.validation.monitors[..] } else { &[] };
-        monitors.iter().map(|metric| &metric.reward)
+        self.monitors().iter().map(|metric| &metric.reward)
     }
 
     fn check_loss(&self) -> Result<()> {

@@ -98,6 +98,7 @@ pub struct FinetuneTask<'a> {
     train: Vec<Prompt>,
     validation: Option<Validation>,
     drift: Drift,
+    warnings: Vec<String>,
     texts: TextCache,
     policy: Policy<'a>,
     /// The policy with gradients.
@@ -153,6 +154,7 @@ impl<'a> FinetuneTask<'a> {
             train,
             validation,
             drift,
+            warnings: Vec::new(),
             texts,
             policy,
             model,
@@ -201,9 +203,7 @@ impl Task for FinetuneTask<'_> {
             ("latent_rms", generations.latent_rms),
         ]);
         log.extend(rollout::MONITORS.iter().map(|(key, _)| *key).zip(generations.monitors));
-        if let Some(warning) = self.drift.after(&log) {
-            tracing::warn!("step {}: {warning}", step + 1);
-        }
+        self.warnings.extend(self.drift.after(&log));
         Ok(log)
     }
 
@@ -213,9 +213,15 @@ impl Task for FinetuneTask<'_> {
             Some(mut validation) => {
                 let found = validation.run(self);
                 self.validation = Some(validation);
-                found
+                let (log, warnings) = found?;
+                self.warnings.extend(warnings);
+                Ok(log)
             }
         }
+    }
+
+    fn warnings(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.warnings)
     }
 
     fn state(&self) -> Result<BTreeMap<String, Tensor>> {
@@ -229,6 +235,8 @@ impl Task for FinetuneTask<'_> {
             let flat: Vec<f64> = stats.iter().flat_map(|s| [s.n as f64, s.mean, s.scatter]).collect();
             state.insert(format!("reward/{i}"), Tensor::from_vec(flat, (stats.len(), 3), &Device::Cpu)?);
         }
+        let drift = self.drift.state();
+        state.insert("drift".into(), Tensor::new(drift, &Device::Cpu)?);
         Ok(state)
     }
 
@@ -250,6 +258,9 @@ impl Task for FinetuneTask<'_> {
             };
             let one = |row: Vec<f64>| RunningStats { n: row[0] as u64, mean: row[1], scatter: row[2] };
             stats.push(rows.into_iter().map(one).collect());
+        }
+        if let Some(drift) = state.get("drift") {
+            self.drift = Drift::of_state(&drift.to_vec1::<f64>()?);
         }
         self.rewards.load_state(&stats).map_err(Error::input(WRONG))
     }

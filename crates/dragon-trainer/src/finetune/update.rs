@@ -204,7 +204,8 @@ impl FinetuneTask<'_> {
             }
             sum / n.max(1.0)
         };
-        // Share of (D+, D-) combinations in which the policy gained more on D+; of the pairs themselves if paired.
+        // Share of (D+, D-) combinations in which the policy gained more on D+, ties counting half; of the pairs
+        // themselves if paired.
         let paired = self.cfg.rollout.demonstrations == DemonstrationsConfig::Paired;
         let (mut right, mut all) = (0.0, 0.0f64);
         for (i, plus) in rows.iter().enumerate().filter(|(_, row)| row.sign > 0.0) {
@@ -213,7 +214,7 @@ impl FinetuneTask<'_> {
                 .enumerate()
                 .filter(|(_, row)| row.sign < 0.0 && (!paired || row.noise == plus.noise))
             {
-                right += f64::from(u8::from(gaps[i] > gaps[j]));
+                right += if gaps[i] == gaps[j] { 0.5 } else { f64::from(u8::from(gaps[i] > gaps[j])) };
                 all += 1.0;
             }
         }

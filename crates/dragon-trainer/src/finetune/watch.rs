@@ -5,8 +5,10 @@ use std::collections::VecDeque;
 
 use candle_core::DType;
 use dragon_diffusion::DiffusionModel;
+use dragon_metrics::bootstrap::percentile;
 use dragon_metrics::{Better, bootstrap_indices};
 use dragon_rewards::{Reward, RewardConfig, RewardSet, Song};
+use rayon::prelude::*;
 
 use super::generations::not_asked_to_stop;
 use super::{FinetuneConfig, FinetuneTask};
@@ -34,9 +36,12 @@ struct Scores {
     gains: Option<Vec<f64>>,
 }
 
+/// Scalars of a validation, and warnings.
+type Found = (Vec<(String, f64)>, Vec<String>);
+
 impl Validation {
-    /// Subsets of the base's songs that give the scale of a weighted sum of rewards of sets.
-    const SUBSETS: usize = 20;
+    /// Draws of the songs, with replacement, that say how far a reward of sets varies by chance.
+    const SUBSETS: usize = 100;
 
     /// # Errors
     /// If a reward cannot be built.
@@ -55,11 +60,12 @@ impl Validation {
     }
 
     /// Generates for the prompts and scores: `reward`, `reward_base` and `win_rate` of the run's (first) reward, and of each
-    /// monitor the value, `(base)` and `(songs won)`. Distances are logged as distances, as in reports.
+    /// other one of a mix and of each monitor the value, `(base)` and `(songs won)`. These are logged as in reports, distances
+    /// as distances. Warns of each monitor that falls beyond chance while what is optimised rises.
     ///
     /// # Errors
     /// If songs cannot be made or scored.
-    pub fn run(&mut self, task: &FinetuneTask) -> Result<Vec<(String, f64)>> {
+    pub fn run(&mut self, task: &FinetuneTask) -> Result<Found> {
         let refused = |err: dragon_rewards::Error| Error::input("cannot score the validation songs")(err);
         let state = self.rewards.state();
         let own = task.rewards.state(); // the normalisers of weighted sums
@@ -67,12 +73,13 @@ impl Validation {
         self.rewards
             .load_state(&own.into_iter().chain(state.into_iter().skip(n_own)).collect::<Vec<_>>())
             .map_err(refused)?;
+        let n = self.prompts.len();
+        let subsets =
+            bootstrap_indices(task.cfg.seed, Self::SUBSETS, n, n).map_err(Error::input("validation"))?;
         if self.base.is_none() {
             let songs = self.songs(task, task.reference.as_ref())?;
             let base: Vec<&Song> = songs.iter().collect();
             // Weighted sums among the monitors are on the base's scale, as in the evaluation.
-            let subsets = bootstrap_indices(task.cfg.seed, Self::SUBSETS, base.len(), base.len())
-                .map_err(Error::input("validation"))?;
             for reward in self.rewards.iter_mut().skip(n_own) {
                 scale_by_base(reward, &base, &subsets).map_err(refused)?;
             }
@@ -91,28 +98,41 @@ impl Validation {
         };
         let all: Vec<Scores> =
             self.rewards.iter().map(scores).collect::<std::result::Result<_, _>>().map_err(refused)?;
+        let trends: Vec<Option<bool>> = self
+            .rewards
+            .iter()
+            .zip(&all)
+            .map(|(reward, scores)| match &scores.gains {
+                Some(gains) => Ok(trend(gains)),
+                None => trend_of_sets(reward, &tuned, &base, &subsets).map_err(refused),
+            })
+            .collect::<Result<_>>()?;
         let target = &all[0];
         let mut log = vec![("reward".to_owned(), target.tuned), ("reward_base".to_owned(), target.base)];
         if let Some(gains) = &target.gains {
             log.push(("win_rate".into(), win_rate(gains)?));
         }
-        for (metric, scores) in task.cfg.validation.monitors.iter().zip(&all[n_own..]) {
-            let sign = if metric.reward.is_distance() { -1.0 } else { 1.0 };
-            log.push((metric.name.clone(), sign * scores.tuned));
-            log.push((format!("{} (base)", metric.name), sign * scores.base));
-            if let Some(gains) = &scores.gains {
-                log.push((format!("{} (songs won)", metric.name), win_rate(gains)?));
-                if disagree(target.gains.as_deref(), gains) {
-                    tracing::warn!(
-                        "the reward rises and `{}` becomes worse ({:.4} from {:.4}): one encoder's taste may be what is learned (reward hacking)",
-                        metric.name,
-                        sign * scores.tuned,
-                        sign * scores.base
-                    );
-                }
+        let parts = task.cfg.reward.parts();
+        let own = parts.iter().map(|part| (part.label(), part));
+        let monitors = task.cfg.monitors().iter().map(|metric| (metric.name.clone(), &metric.reward));
+        let rises = trends[..n_own].contains(&Some(true));
+        let mut warnings = Vec::new();
+        for (i, (name, reward)) in own.chain(monitors).enumerate().skip(1) {
+            let sign = if reward.is_distance() { -1.0 } else { 1.0 };
+            let (tuned, base) = (sign * all[i].tuned, sign * all[i].base);
+            log.push((name.clone(), tuned));
+            log.push((format!("{name} (base)"), base));
+            if let Some(gains) = &all[i].gains {
+                log.push((format!("{name} (songs won)"), win_rate(gains)?));
+            }
+            if i >= n_own && rises && trends[i] == Some(false) {
+                warnings.push(format!(
+                    "the reward rises and `{name}` becomes worse ({tuned:.4} from {base:.4}): one encoder's taste may be \
+                     what is learned (reward hacking)"
+                ));
             }
         }
-        Ok(log)
+        Ok((log, warnings))
     }
 
     /// Songs of the validation prompts by a model, with the noise that `generate` and `eval` use.
@@ -137,17 +157,29 @@ fn win_rate(gains: &[f64]) -> Result<f64> {
     Ok(rate.map_err(Error::input("validation"))?.rate)
 }
 
-/// Whether one reward of the same songs rises and the other falls, each by more than two standard errors.
-fn disagree(target: Option<&[f64]>, other: &[f64]) -> bool {
-    target.is_some_and(|target| standard_errors(target) > 2.0 && standard_errors(other) < -2.0)
-}
-
-/// The mean of paired differences in units of its standard error.
-fn standard_errors(gains: &[f64]) -> f64 {
+/// Whether a reward of songs rises or falls by more than two standard errors of the differences; else `None`.
+fn trend(gains: &[f64]) -> Option<bool> {
     let n = gains.len() as f64;
     let mean = gains.iter().sum::<f64>() / n;
     let variance = gains.iter().map(|gain| (gain - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
-    if variance > 0.0 { mean / (variance / n).sqrt() } else { 0.0 }
+    (mean.abs() > 2.0 * (variance / n).sqrt()).then_some(mean > 0.0)
+}
+
+/// The same of a reward of sets, by the 95 % interval over draws of the songs.
+fn trend_of_sets(
+    reward: &Reward,
+    tuned: &[&Song],
+    base: &[&Song],
+    subsets: &[Vec<usize>],
+) -> std::result::Result<Option<bool>, dragon_rewards::Error> {
+    let of = |songs: &[&Song], members: &[usize]| {
+        reward.set_score(&members.iter().map(|&m| songs[m]).collect::<Vec<_>>())
+    };
+    let differences: Vec<std::result::Result<f64, dragon_rewards::Error>> =
+        subsets.par_iter().map(|members| Ok(of(tuned, members)? - of(base, members)?)).collect();
+    let differences: Vec<f64> = differences.into_iter().collect::<std::result::Result<_, _>>()?;
+    let (low, high) = (percentile(&differences, 0.025)?, percentile(&differences, 0.975)?);
+    Ok((low > 0.0 || high < 0.0).then_some(low > 0.0))
 }
 
 /// Watches the two error curves: learning to avoid D- may cost D+ too, and then the model only gets worse.
@@ -163,6 +195,18 @@ impl Drift {
     const STEPS: usize = 10;
     /// Growth that is no noise.
     const LIMIT: f64 = 0.02;
+
+    /// Everything it remembers: whether it has warned, then the growth of the last steps.
+    pub fn state(&self) -> Vec<f64> {
+        let warned = if self.warned { 1.0 } else { 0.0 };
+        [warned].into_iter().chain(self.growth.iter().flatten().copied()).collect()
+    }
+
+    /// Takes back what [`Self::state`] gave.
+    pub fn of_state(state: &[f64]) -> Self {
+        let growth = state.get(1..).unwrap_or_default().chunks_exact(2).map(|g| [g[0], g[1]]).collect();
+        Self { growth, warned: state.first().is_some_and(|&warned| warned > 0.0) }
+    }
 
     /// Takes the log of a step; gives a sentence when both errors have begun to grow.
     pub fn after(&mut self, log: &[(&'static str, f64)]) -> Option<String> {
@@ -196,12 +240,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn encoders_disagree_when_both_changes_are_beyond_chance() {
+    fn a_trend_is_what_chance_does_not_explain() {
         let up = [1.0, 2.0, 1.5, 0.5];
-        let down = up.map(|x| -x);
-        assert!(disagree(Some(&up), &down));
-        assert!(!disagree(Some(&up), &up) && !disagree(Some(&down), &down) && !disagree(None, &down));
-        assert!(!disagree(Some(&up), &[-1.0, 1.0, -0.5, 0.4]));
+        assert_eq!([trend(&up), trend(&up.map(|x| -x))], [Some(true), Some(false)]);
+        assert_eq!([trend(&[-1.0, 1.0, -0.5, 0.4]), trend(&[0.0; 4])], [None, None]);
+    }
+
+    #[test]
+    fn sets_have_a_trend_where_all_draws_of_their_songs_agree() {
+        let song = |x: &[f64]| {
+            let embeddings = dragon_metrics::Rows::new(1, x.len(), x.to_vec()).unwrap();
+            Song { views: vec![dragon_rewards::View { embeddings, text: None }] }
+        };
+        let unit = |i: usize| song(&std::array::from_fn::<f64, 8, _>(|k| if k == i { 1.0 } else { 0.0 }));
+        let (alike, different): (Vec<Song>, Vec<Song>) = (0..8).map(|i| (unit(0), unit(i))).unzip();
+        let vendi = toml::from_str("kind='vendi'\nencoder='e'\nsetting='s'\npooling='song_mean'").unwrap();
+        let rewards = RewardSet::build(&vendi, |_, _| Err::<std::sync::Arc<_>, _>("no exemplars")).unwrap();
+        let (alike, different): (Vec<&Song>, Vec<&Song>) =
+            (alike.iter().collect(), different.iter().collect());
+        let subsets = bootstrap_indices(1, 50, 8, 8).unwrap();
+        let trend = |tuned, base| trend_of_sets(rewards.get(0).unwrap(), tuned, base, &subsets).unwrap();
+        assert_eq!([trend(&different, &alike), trend(&alike, &different)], [Some(true), Some(false)]);
+        assert_eq!(trend(&alike, &alike), None);
     }
 
     #[test]
@@ -218,6 +278,8 @@ mod tests {
         assert!((0..20).all(|_| drift.after(&log(0.95, 1.2)).is_none()), "D+ is learned");
         let found: Vec<String> = (0..20).filter_map(|_| drift.after(&log(1.1, 1.1))).collect();
         assert_eq!(found.len(), 1);
+        drift = Drift::of_state(&drift.state()); // as a resumed run does
+        assert!(drift.after(&log(1.1, 1.1)).is_none());
         assert!(found[0].contains("smaller learning rate"), "{}", found[0]);
         (0..10).for_each(|_| drop(drift.after(&log(0.9, 1.0))));
         assert_eq!((0..20).filter_map(|_| drift.after(&log(1.1, 1.1))).count(), 1, "again after it was over");

@@ -37,6 +37,11 @@ pub trait Task {
     /// If a forward pass fails.
     fn validate(&mut self) -> Result<Vec<(String, f64)>>;
 
+    /// What a person should know of the step and the validation just done, a sentence each; asked once a step.
+    fn warnings(&mut self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Everything needed to go on bit for bit (parameters, optimiser moments, EMA), name -> tensor.
     ///
     /// # Errors
@@ -221,6 +226,15 @@ pub fn run_in(
                         .to_owned(),
                 });
             }
+            if scalars.next_step > cfg.steps {
+                return Err(Error::Resume {
+                    path,
+                    reason: format!(
+                        "it has done {} steps, and run.steps is {}\nhint: a run cannot go back; start another in its own folder",
+                        scalars.next_step, cfg.steps
+                    ),
+                });
+            }
             task.load_state(&tensors)?;
             folder.rewind(scalars.metrics_len, scalars.next_step)?;
             next_step = scalars.next_step;
@@ -246,7 +260,11 @@ pub fn run_in(
             let found = task.validate().map_err(|err| in_step(err, step, &last))?;
             values.extend(found.into_iter().map(|(name, v)| (format!("valid/{name}"), v)));
         }
-        folder.log(step, &values)?;
+        let warnings = task.warnings();
+        for warning in &warnings {
+            tracing::warn!("step {next_step}: {warning}");
+        }
+        folder.log(step, &values, &warnings)?;
         folder.log_timing(step, &[("time/step_s", started.elapsed().as_secs_f64())])?;
         if next_step.is_multiple_of(cfg.checkpoint_every) {
             last = Some(save(folder, task, next_step, seed, cfg.keep_checkpoints)?);

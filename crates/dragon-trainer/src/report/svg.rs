@@ -41,6 +41,13 @@ pub fn chart(page: &mut String, chart: &Chart) {
                         let _ = write!(page, "{:.1},{:.1} ", frame.x(x), frame.y(y));
                     }
                     page.push_str("\"/>");
+                    if let [(x, y)] = points[..] {
+                        let (x, y, colour) = (frame.x(x), frame.y(y), i % COLOURS);
+                        let _ = write!(
+                            page,
+                            "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3\" fill=\"var(--s{colour})\"/>"
+                        );
+                    }
                 }
             });
         }

@@ -128,7 +128,7 @@ fn config_for(dir: &Path) -> FinetuneConfig {
             },
             ema_decay: 0.5,
         },
-        validation: ValidationConfig { n_prompts: 4, sampler, monitors: Vec::new() },
+        validation: ValidationConfig { n_prompts: 4, sampler, monitors: None },
         run: LoopConfig {
             steps: 6,
             log_every: 1,
