@@ -151,6 +151,17 @@ mod tests {
     }
 
     #[test]
+    fn validations_watch_what_the_evaluation_measures_unless_told_otherwise() {
+        let monitors = |overrides: &[&str]| {
+            let overrides = overrides.iter().map(|set| (*set).to_owned()).collect();
+            let config = ConfigArgs { config: None, overrides, seed: None };
+            resolve("vendi", &config).unwrap().finetune.validation.monitors.unwrap()
+        };
+        assert_eq!(monitors(&[]).len(), 9, "all of the evaluation but the target");
+        assert!(monitors(&["validation.monitors=[]"]).is_empty());
+    }
+
+    #[test]
     fn an_encoder_of_the_evaluation_alone_does_not_change_the_reward() {
         let set = "eval.embed.encoders.musicnn.weights=other.safetensors".to_owned();
         let config = ConfigArgs { config: None, overrides: vec![set], seed: None };
