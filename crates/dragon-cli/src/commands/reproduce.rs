@@ -95,7 +95,9 @@ fn done(out: &Path) -> Result<Vec<Done>> {
         let folder = folder?.path();
         let Ok(report) = std::fs::read(folder.join("report.json")) else { continue };
         let Ok(summary) = serde_json::from_slice(&report) else { continue };
-        let run: Table = std::fs::read_to_string(folder.join("run.toml"))?.parse()?;
+        let Ok(run) = std::fs::read_to_string(folder.join("run.toml")) else { continue };
+        let run: Table =
+            run.parse().with_context(|| format!("`{}` is broken", folder.join("run.toml").display()))?;
         let made = run.get("dragon").and_then(|made| made.as_table()).cloned().unwrap_or_default();
         let seed = run.get("config").and_then(|config| config.get("seed")?.as_integer());
         let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
