@@ -53,7 +53,7 @@ fn presets_are_run_once_and_their_win_rates_stand_in_one_table() {
     for part in [
         "| clap-score | 2 |",
         "| vendi | 2 |",
-        "`dragon reproduce clap-score vendi --out all",
+        "dragon reproduce clap-score vendi --out all",
         "seed 1, commit",
     ] {
         assert!(again.contains(part), "`{part}` is missing in\n{again}");
