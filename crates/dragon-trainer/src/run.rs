@@ -224,7 +224,6 @@ impl RunFolder {
     /// # Errors
     /// If a file cannot be written; then no half line stays in `metrics.jsonl`.
     pub fn log(&mut self, step: usize, values: &[(String, f64)], warnings: &[String]) -> Result<()> {
-        let json = |texts: &[String]| serde_json::to_string(texts).map_err(|err| Error::Bug(err.to_string()));
         let mut line = format!("{{\"step\":{step}");
         for (name, value) in values {
             let value = serde_json::to_string(value).map_err(|err| Error::Bug(err.to_string()))?;
@@ -232,7 +231,8 @@ impl RunFolder {
             line.push_str(&format!(",{name}:{value}"));
         }
         if !warnings.is_empty() {
-            line.push_str(&format!(",\"warnings\":{}", json(warnings)?));
+            let texts = serde_json::to_string(warnings).map_err(|err| Error::Bug(err.to_string()))?;
+            line.push_str(&format!(",\"warnings\":{texts}"));
         }
         line.push_str("}\n");
         let whole = self.metrics_len()?;
